@@ -17,5 +17,5 @@ setup(
     classifiers=[f'Development Status :: {status}', 'Programming Language :: Python :: 3', 'Intended Audience :: Science/Research'],
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=[lib, f'{lib}.*']), install_requires=rows('requirements'),
-    extras_require={'dev': rows('dev_requirements')},
+    extras_require={k.removesuffix('_requirements'): rows(k) for k in o if k.endswith('_requirements')},
     entry_points={'console_scripts': rows('console_scripts'), 'nbdev': [f'{lib} = {lib}._modidx:d']})
