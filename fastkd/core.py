@@ -86,6 +86,7 @@ def prep_logits(
     "Check, detach the teacher, go to float32, move the class axis to 1"
     check_same(name, inp, teach)
     if inp.ndim<2: raise ValueError(f"`{name}` needs logits `(n,c)` or `(n,c,...)`, got {_shape(inp)}")
+    if not inp.numel(): raise ValueError(f"`{name}` got nothing to compare: logits of shape {_shape(inp)}")
     s,t = _plain(inp),_plain(teach.detach())
     if axis not in (1, 1-s.ndim): s,t = s.movedim(axis,1),t.movedim(axis,1)
     if s.shape[1]<min_c: raise ValueError(f"`{name}` needs at least {min_c} classes, got {s.shape[1]} on axis {axis} of {_shape(inp)}")

@@ -53,7 +53,7 @@ def digits_dls(
              'center': (_center, RegressionBlock(n_out=2)),
              'ink':    (partial(_img, size=size), TransformBlock(type_tfms=_Mask(), item_tfms=AddMaskCodes(['empty','light','dark'])))}[task]
     db = DataBlock(blocks=(TransformBlock(dl_type=MemoryDL), blk), get_x=partial(_img, size=size), get_y=y, splitter=lambda _: (L(trn),L(val)), batch_tfms=batch_tfms)
-    return db.dataloaders([list(o) for o in zip(d.images, d.target)], bs=bs, num_workers=0)
+    return db.dataloaders([list(o) for o in zip(d.images, d.target)], bs=bs, val_bs=600, drop_last=False, num_workers=0)
 
 # %% ../nbs/01_test_utils.ipynb #2e9aafd3
 def tiny_cnn(

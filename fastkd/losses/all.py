@@ -1,0 +1,2 @@
+from .logits import *
+from .check import *

@@ -1,0 +1,41 @@
+"What an import brings, and what it does not"
+import importlib,pkgutil
+import pytest
+import fastkd
+from conftest import run
+
+outside = {'fastkd.test_utils', # lessons, tests and the demo
+    'fastkd.cli'} # commands
+may_shadow = {'reduce_loss'} # names of fastai that `fastkd.all` replaces; this one is called as fastai's is and takes a mask
+mods = sorted(o.name for o in pkgutil.walk_packages(fastkd.__path__, 'fastkd.') if not (o.ispkg or '._' in o.name or o.name.endswith('.all')))
+
+def test_losses_need_torch_only(copy):
+    run('python', '-c', "import sys,fastkd.losses.all; bad = {'fastai','torchvision'}&set(sys.modules); assert not bad, bad", cwd=copy)
+
+def test_uninstalled_checkout(copy):
+    "A checkout on `sys.path` works where no metadata of fastkd can be found"
+    run('python', '-c', f'''
+import importlib.metadata as m
+real = m.distribution
+def distribution(name):
+    if name=='fastkd': raise m.PackageNotFoundError(name)
+    return real(name)
+m.distribution = distribution
+import fastkd.all,pathlib
+assert pathlib.Path(fastkd.__file__).is_relative_to({str(copy)!r}), fastkd.__file__
+import fastkd.losses.all,fastkd.core
+assert fastkd.core.list_losses() and fastkd.__version__''', cwd=copy)
+
+@pytest.mark.parametrize('mod', mods)
+def test_all_has_every_public_name(mod):
+    m,everything = importlib.import_module(mod),importlib.import_module('fastkd.all')
+    assert m.__all__ and not [o for o in m.__all__ if not hasattr(m, o)]
+    if mod in outside: return
+    miss = [o for o in m.__all__ if getattr(everything, o, None) is not getattr(m, o)]
+    assert not miss, f'`fastkd.all` lacks {miss} of {mod}: import it in fastkd/all.py (losses: fastkd/losses/all.py)'
+
+def test_no_fastai_name_is_shadowed():
+    fa = vars(importlib.import_module('fastai.vision.all'))
+    public = {o:m for m in mods if m not in outside for o in importlib.import_module(m).__all__}
+    bad = {o:m for o,m in public.items() if o in fa and fa[o] is not getattr(importlib.import_module(m), o)}
+    assert set(bad)==may_shadow, f'names of `fastai.vision.all` that fastkd hides: {bad}'
