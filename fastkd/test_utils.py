@@ -78,7 +78,7 @@ def n_params(
 def digits_learner(
     dls:DataLoaders|None=None, # From `digits_dls`; None: made here
     widths:tuple=(4,8,16), # Of `tiny_cnn`: (4,8,16) is a student, (32,64,128) a teacher
-    seed:int=0, # Of the initial weights and all that follows
+    seed:int=0, # Of the initial weights, the order of the batches and all that follows
     metrics=None, # None: accuracy where it fits
     **kwargs # Of `Learner`
 )->Learner:
@@ -87,6 +87,7 @@ def digits_learner(
     dense = isinstance(dls.valid_ds[0][1], TensorMask)
     if metrics is None: metrics = {'BCEWithLogitsLoss':accuracy_multi, 'MSELoss':mae}.get(type(dls.loss_func.func).__name__, accuracy if not dense else foreground_acc)
     set_seed(seed, reproducible=True)
+    dls.train.rng = random.Random(seed)
     return Learner(dls, tiny_cnn(widths, get_c(dls), dense=dense), metrics=metrics, **kwargs)
 
 def digits_teacher(
