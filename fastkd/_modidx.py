@@ -227,5 +227,6 @@ d = { 'settings': { 'branch': 'main',
                                    'fastkd.test_utils.digits_dls': ('test_utils.html#digits_dls', 'fastkd/test_utils.py'),
                                    'fastkd.test_utils.digits_learner': ('test_utils.html#digits_learner', 'fastkd/test_utils.py'),
                                    'fastkd.test_utils.digits_teacher': ('test_utils.html#digits_teacher', 'fastkd/test_utils.py'),
+                                   'fastkd.test_utils.fit_table': ('test_utils.html#fit_table', 'fastkd/test_utils.py'),
                                    'fastkd.test_utils.n_params': ('test_utils.html#n_params', 'fastkd/test_utils.py'),
                                    'fastkd.test_utils.tiny_cnn': ('test_utils.html#tiny_cnn', 'fastkd/test_utils.py')}}}
