@@ -7,8 +7,8 @@
 `KnowledgeDistillation(teacher)` and its defaults, `bare` a step of a loop without fastai. The question is how much `kd` takes over `plain+teacher`.
 
 How it is made fair: both Learners are inside a real `fit` and are handed the same batch, so a sample is exactly one `learn.one_batch`, with the
-optimizer and all of fastai's default callbacks but the progress bar. The four forms of a round run in random order. One thread, no garbage collection inside a sample,
-warm-up first. Wall time and CPU time of the thread are taken of each sample: on a shared machine the second is the steadier one.
+optimizer and all of fastai's default callbacks but the progress bar. The four forms of a round run in random order.
+One thread, no garbage collection inside a sample, warm-up first. Wall time and CPU time of the thread are taken of each sample: on a shared machine the second is the steadier one.
 On a GPU each sample ends with a synchronisation, and CPU time only counts what Python does."""
 import gc,json,time
 from copy import deepcopy
@@ -122,7 +122,7 @@ def summary(t, n_boot=2000):
     return dict(ms=qs, ratio=float(ratio), ratio_ci=r_ci, own_ms=float(own), own_ms_ci=o_ci)
 
 def report(name, times, saved):
-    "All there is to say about one work; the targets are judged on the CPU times of the thread, on a GPU on wall time"
+    "All there is to say about one work: both clocks, memory and the targets"
     _,max_ratio,max_own = all_works[name]
     res = dict(wall=summary(times[...,0]), cpu=summary(times[...,1]), saved=saved, saved_ratio=saved['kd']/(saved['plain']+saved['answer']))
     return dict(res, steps=len(times), target=dict(ratio=max_ratio, own_ms=max_own, saved_ratio=max_saved))

@@ -7,9 +7,7 @@ Docs: https://fastkd.github.io/fastkd/callback.html.md"""
 # %% auto #0
 __all__ = ['loss_family', 'infer_loss', 'KnowledgeDistillation']
 
-# %% ../nbs/40_callback.ipynb #dbffb2b0
-import copy
-from contextlib import nullcontext
+# %% ../nbs/40_callback.ipynb #5017667b
 from fastai.basics import *
 from fastai.learner import _ConstantFunc
 from fastai.callback.training import GradientAccumulation
@@ -17,6 +15,8 @@ from fastai.callback.mixup import MixHandler
 from .core import *
 from .losses.all import *
 from .teacher import *
+from contextlib import nullcontext
+from copy import deepcopy
 
 # %% ../nbs/40_callback.ipynb #eaea56ae
 _families = {
@@ -39,15 +39,17 @@ def loss_family(
 
 def infer_loss(
     loss_func, # Of a Learner
-    name:str|None=None # Registered name; None: the one that fits
-): # A loss module
-    "The response loss for `loss_func`: `KDLoss`, `BinaryKDLoss` or `MSELogitsLoss`; or the one called `name`, with its axis and `ignore_index`"
+    loss=None # Registered name or loss; None: the one that fits
+): # A loss of its own, with the class axis and the ignored label of `loss_func`
+    "The response loss for `loss_func`: `KDLoss`, `BinaryKDLoss` or `MSELogitsLoss`, or a copy of `loss`"
     kind,kw = loss_family(loss_func)
-    if kind is None and name is None: raise ValueError(f"no response loss is known for {loss_func}; pass one, such as `KnowledgeDistillation(teacher, loss=KDLoss())` where predictions are logits of classes")
-    loss = get_loss(name or {'softmax':'kd', 'binary':'bkd', 'regress':'mse_logits'}[kind])
-    for k,v in kw.items():
-        if k in getattr(loss, 'hypers', ()) and (kind!='regress' or name is None): setattr(loss, k, v)
-    return loss
+    if kind is None and loss is None: raise ValueError(f"no response loss is known for {loss_func}; pass one, such as `KnowledgeDistillation(teacher, loss=KDLoss())` where predictions are logits of classes")
+    res = deepcopy(get_loss(ifnone(loss, {'softmax':'kd', 'binary':'bkd', 'regress':'mse_logits'}.get(kind))))
+    if kind=='regress' and loss is not None: return res
+    for m in res.modules() if isinstance(res, nn.Module) else ():
+        for k in set(kw)&set(getattr(m, 'hypers', ())):
+            if k!='ignore_index' or m.ignore_index is None: setattr(m, k, kw[k])
+    return res
 
 # %% ../nbs/40_callback.ipynb #80fbaeef
 class _Column(ValueMetric):
@@ -57,17 +59,21 @@ class _Column(ValueMetric):
 class _Mean:
     "Running mean that stays on the device until it is read"
     def __init__(self): self.tot,self.n = 0.,0
-    def add(self, v, n): self.tot,self.n = self.tot+v*n,self.n+n
+    def add(self, v, n, scale=1.):
+        if isinstance(self.tot, Tensor): self.tot.add_(v.detach(), alpha=n/scale)
+        else: self.tot = self.tot+(v.detach().float() if isinstance(v, Tensor) else v)*(n/scale)
+        self.n += n
     def __call__(self): return float(self.tot)/self.n if self.n else float('nan')
 
-def _check_weight(nm, v, hi=math.inf):
-    if not 0<=v<=hi: raise ValueError(f"`{nm}` must be {f'between 0 and {hi}' if hi<math.inf else 'at least 0'}, got {v}")
+def _check_weight(nm, v, hi=None):
+    if isinstance(v, bool) or not isinstance(v, (int,float)): raise TypeError(f"`{nm}` must be a number{' or a schedule' if hi else ''}, got {v!r}")
+    if not 0<=v<=ifnone(hi, sys.float_info.max): raise ValueError(f"`{nm}` must be {f'between 0 and {hi}' if hi else 'finite and at least 0'}, got {v}")
     return v
 
 def _check_window(start, stop):
     for nm,o in (('start',start),('stop',stop)):
         if isinstance(o, bool) or not isinstance(o, (int,float)): raise TypeError(f"`{nm}` is a fraction of training (float) or an epoch (int), got {o!r}")
-        if o<0 or (isinstance(o, float) and o>1): raise ValueError(f"`{nm}` must be a fraction 0.-1. or an epoch 0, 1, ..., got {o}")
+        if not o>=0 or (isinstance(o, float) and o>1) or (nm=='stop' and o==0): raise ValueError(f"`{nm}` must be a fraction of training between 0. and 1., or an epoch{', and come after the beginning' if nm=='stop' else ''}, got {o}")
     if type(start)==type(stop) and start>=stop: raise ValueError(f"`start` must come before `stop`, got {start} and {stop}")
 
 class KnowledgeDistillation(Callback):
@@ -104,7 +110,10 @@ class KnowledgeDistillation(Callback):
     @learn.setter
     def learn(self, v):
         # fastai sets it to None at every end of a fit, an interrupt included
-        if v is None: self.teardown()
+        if v is None:
+            self.teardown()
+            # refused as a second callback of a Learner that has this very one
+            if self._learn is not None and sum(cb is self for cb in self._learn.cbs)>1: return
         self._learn = v
 
     @property
@@ -113,9 +122,14 @@ class KnowledgeDistillation(Callback):
     def loss_kd(self): return self._kd
 
     def __call__(self, event_name):
+        # fastai's search for an event that is not here is slow, and there are six a step
+        if not hasattr(type(self), event_name): return
         try: return super().__call__(event_name)
         except Exception:
             self.teardown()
+            # MixUp puts the Learner's loss back when training ends, but not after an error
+            mix = getattr(self._learn.loss_func, '__self__', None)
+            if isinstance(mix, MixHandler): mix.after_train()
             raise
 
     def teardown(self):
@@ -129,8 +143,10 @@ class KnowledgeDistillation(Callback):
         self.teardown()
         learn = self._learn
         self._idle = hasattr(learn, 'lr_finder')
-        # validate and get_preds hold the lock: they get no columns
-        if not self.log or self._idle or learn.lock.locked(): return
+        # validate and get_preds hold the lock: they train nothing and get no columns
+        if self._idle or learn.lock.locked(): return
+        if sum(isinstance(cb, KnowledgeDistillation) for cb in learn.cbs)>1: raise ValueError("two KnowledgeDistillation callbacks would weigh the task loss twice: use one, with a list of teachers or a `WeightedSum` of losses")
+        if not self.log: return
         nms = ['task_loss','kd_loss']+[f'kd_{k}' for k in ('alpha','T') if callable(getattr(self,k))]
         self._cols = [_Column(partial(self._mean, nm), nm) for nm in nms]
         learn.metrics = learn.metrics+self._cols
@@ -144,7 +160,9 @@ class KnowledgeDistillation(Callback):
     def after_pred(self):
         learn = self._learn
         if self._idle or len(learn.yb): return
+        if not self._ready: self._setup()
         alpha,w = self._weights()
+        if self._needs_labels: raise ValueError(f"this batch has no labels, which {self._kd} needs: label it, or use a loss that does without, such as 'kd'")
         if w or not alpha: raise ValueError(f"this batch has no labels, so there is no task loss (weight {w:g}) to train on: label it, or learn from the teacher alone with `alpha=1`")
         # fastai takes no step without targets: the teacher's hard answers stand in, with weight 0
         t = self._answer = self._ask()
@@ -161,8 +179,8 @@ class KnowledgeDistillation(Callback):
             kd = self._compare(self._pred(), teach)
         if alpha or w!=1:
             # added, not interpolated: what other callbacks put into `loss_grad` keeps its weight
-            learn.loss_grad = learn.loss_grad.as_subclass(Tensor)+((w-1)*task+alpha*kd)
-            learn.loss = learn.loss_grad.clone()
+            more = torch.add((w-1)*task, kd, alpha=alpha) if alpha else (w-1)*task
+            learn.loss_grad,learn.loss = learn.loss_grad.as_subclass(Tensor)+more,task+more
         if self.log: self._note(task, kd, alpha)
 
     def after_fit(self): self.teardown()
@@ -180,31 +198,37 @@ class KnowledgeDistillation(Callback):
     def _ask(self):
         learn = self._learn
         t = self._teacher(*learn.xb)
-        if isinstance(t, Tensor) and not torch.isfinite(t.sum(dtype=torch.float32)):
+        # the sum is quick to look at, but may overflow by itself
+        if isinstance(t, Tensor) and not math.isfinite(t.sum(dtype=torch.float32).item()) and not torch.isfinite(t).all():
             raise ValueError(f"the teacher's answer to batch {learn.iter} of epoch {learn.epoch} is not finite: {int((~torch.isfinite(t)).sum())} of {t.numel()} values; check its inputs (normalisation) and precision (`Teacher(dtype=torch.float32)`)")
         return t
 
     def _pred(self):
         pred = self._learn.pred
-        if getattr(self._kd, 'whole_output', False) or (isinstance(pred, Tensor) and not callable(self.pred_kd)): return pred
+        if self._whole or (isinstance(pred, Tensor) and not callable(self.pred_kd)): return pred
         deit = self.pred_kd is None and isinstance(pred, tuple) and len(pred)==2 and all(isinstance(o, Tensor) and o.shape==pred[1].shape for o in pred)
         return pick_output(pred, 1 if deit else self.pred_kd, 'the student', 'KnowledgeDistillation(teacher, pred_kd=...)')
 
     def _compare(self, pred, teach):
         if callable(self.T): self._set_T(self.T(self._learn.pct_train))
-        targ = self._learn.yb[0] if len(self._learn.yb)==1 else self._learn.yb
-        mix = self._mix if 'targ' in loss_needs(self._kd) else None
-        if mix is None: kd = call_loss(self._kd, pred, teach, targ)
+        yb,mix = self._learn.yb,self._mix
+        if not self._needs_targ: kd = self._kd(pred, teach)
+        elif mix is None: kd = self._kd(pred, teach, targ=self._targ(yb[0], teach) if len(yb)==1 else yb)
         else:
             # a mixed item has two labels: the loss is mixed as MixUp mixes the task's
-            with NoneReduce(self._kd) as f: kd = torch.lerp(f(pred, teach, mix.yb1[0]), f(pred, teach, targ), mix.lam.float()).mean()
+            with NoneReduce(self._kd) as f: a,b = [f(pred, teach, targ=self._targ(y, teach)) for y in (mix.yb1[0],yb[0])]
+            kd = torch.lerp(a, b, mix.lam.float()).mean()
         if kd.ndim: raise ValueError(f"the loss must return one number, got {tuple(kd.shape)}; use `reduction='mean'`")
         return kd
 
+    def _targ(self, y, z):
+        # labels of a table are a column, which fastai's losses flatten
+        return y.squeeze(self._axis) if self._kind=='softmax' and isinstance(z, Tensor) and y.ndim==z.ndim and y.shape[self._axis]==1 else y
+
     def _note(self, task, kd, alpha):
         n = find_bs(self._learn.yb)
-        self._means['task_loss'].add(task.detach(), n)
-        if alpha: self._means['kd_loss'].add(kd.detach()/getattr(self._kd, 'scale', 1.), n)
+        self._means['task_loss'].add(task, n)
+        if alpha: self._means['kd_loss'].add(kd, n, getattr(self._kd, 'scale', 1.))
         if callable(self.alpha): self._means['kd_alpha'].add(alpha, n)
         if callable(self.T) and alpha: self._means['kd_T'].add(self._T_mods[0].T, n)
     def _mean(self, nm): return self._means[nm]()
@@ -216,11 +240,12 @@ class KnowledgeDistillation(Callback):
     def _setup(self):
         "Resolve the loss, line the teacher up and check both, before a step is taken"
         learn = self._learn
-        if len(learn.cbs.filter(lambda o: isinstance(o, KnowledgeDistillation)))>1: raise ValueError("two KnowledgeDistillation callbacks would weigh the task loss twice: use one, with a list of teachers or a `WeightedSum` of losses")
         self._check_shared()
-        self._kd = infer_loss(learn.loss_func, self._loss) if self._loss is None or isinstance(self._loss, str) else copy.deepcopy(self._loss)
+        self._kd = infer_loss(learn.loss_func, self._loss)
         mods = list(self._kd.modules()) if isinstance(self._kd, nn.Module) else [self._kd]
         if isinstance(self._kd, nn.Module): self._kd.to(first(learn.model.parameters()).device)
+        self._needs_targ,self._whole = 'targ' in loss_needs(self._kd),getattr(self._kd, 'whole_output', False)
+        self._needs_labels = any(getattr(m, 'needs_labels', self._needs_targ and not isinstance(m, nn.Module)) for m in mods)
         self._T_mods = [m for m in mods if hasattr(m, 'T')]
         if self.T is not None and not self._T_mods: raise ValueError(f"`T` was given, but {self._loss or self._kd} has no temperature")
         if self.T is not None: self._set_T(self._at(self.T))
@@ -230,8 +255,8 @@ class KnowledgeDistillation(Callback):
         self._mix = first(cb for cb in learn.cbs if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False))
         self._teacher.bind(learn, self._kind, self._axis)
         self._ready = True
-        if self._checked!=id(learn.dls): self._preflight()
-        self._checked = id(learn.dls)
+        if self._checked is not learn.dls: self._preflight()
+        self._checked = learn.dls
 
     def _check_shared(self):
         mine = {id(p) for p in self._learn.model.parameters()}
@@ -242,30 +267,46 @@ class KnowledgeDistillation(Callback):
         "Validation batches (training ones, if there are none) until `n` items; nobody's random state moves"
         learn,dls = self._learn,self._learn.dls
         valid = len(dls.loaders)>1 and len(dls.valid)>0
-        dl = dls.valid if valid else dls.train.new(shuffle=False) if hasattr(dls.train, 'new') else dls.train
         res = []
-        with no_random(reproducible=False), dl.fake_l.no_multiproc() if hasattr(dl, 'fake_l') else nullcontext():
-            for b in dl:
-                b = learn._set_device(b)
-                i = getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
-                res.append((b[:i],b[i:]))
-                n -= find_bs(b)
-                if n<=0: break
+        with no_random(reproducible=False):
+            dl = dls.valid if valid else dls.train.new(shuffle=False) if hasattr(dls.train, 'new') else dls.train
+            with dl.fake_l.no_multiproc() if hasattr(dl, 'fake_l') else nullcontext():
+                for b in dl:
+                    b = learn._set_device(b)
+                    i = getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
+                    res.append((b[:i],b[i:]))
+                    n -= find_bs(b)
+                    if n<=0: break
         return res
 
     def _preflight(self):
         "Is the teacher's answer made of logits, for these classes, and better than chance?"
         ax,n,right,ignore = self._axis,0,0,getattr(self._kd, 'ignore_index', None)
-        for xb,yb in self._batches():
-            t = self._teacher(*xb)
-            if not isinstance(t, Tensor) or self._kind=='regress': return
-            self._check_logits(t.float())
-            y = yb[0].as_subclass(Tensor) if len(yb)==1 and isinstance(yb[0], Tensor) else None
+        for i,(xb,yb) in enumerate(self._batches()):
+            try: t = self._teacher(*xb)
+            except RuntimeError as e: raise ValueError(f"the teacher cannot run on the student's inputs {[tuple(x.shape) for x in xb if isinstance(x, Tensor)]}: {e}\nPrepare them for it: `Teacher(model, size=..., input_tfm=...)`") from e
+            if not isinstance(t, Tensor): return
+            if self._kind!='regress': self._check_logits(t.float())
+            if i==0: self._check_shape(xb, t)
+            if self._kind=='regress': return
+            y = self._targ(yb[0], t).as_subclass(Tensor) if len(yb)==1 and isinstance(yb[0], Tensor) else None
             if self._kind=='binary' or y is None or y.is_floating_point() or y.shape!=(p:=t.argmax(ax)).shape: return
             keep = torch.ones_like(y, dtype=torch.bool) if ignore is None else y!=ignore
             n,right = n+keep.sum().item(),right+(p==y)[keep].sum().item()
         chance = 1/t.shape[ax]
         if n>=64 and right/n<1.25*chance: warn(f"the teacher is right on {right/n:.3f} of {n} validation labels, which is near chance ({chance:.3f}): are its classes in the student's order (`Teacher(vocab=...)`), its inputs prepared as it knows them (`Teacher(stats=...)`)?")
+
+    def _check_shape(self, xb, t):
+        "Compare the teacher's answer with the student's, which stays as it is"
+        m = self._learn.model
+        modes = [(o,o.training) for o in m.modules()]
+        m.eval()
+        try:
+            with torch.no_grad(): pred = m(*xb)
+        finally:
+            for o,mode in modes: o.training = mode
+        if hasattr(m, 'reset'): m.reset()
+        if isinstance(pred, Tensor): check_same(type(self._kd).__name__, pred, t)
 
     def _check_logits(self, t):
         vocab,c = get_vocab(self._learn.dls),t.shape[self._axis]

@@ -18,7 +18,8 @@ def check_T(
     T:float # Temperature
 ):
     "Refuse a temperature that is not positive"
-    if not T>0: raise ValueError(f"`T` must be greater than 0, got {T}; 1 leaves the probabilities as they are, higher softens them")
+    if isinstance(T, (str,list,tuple,dict)): raise TypeError(f"`T` must be a number greater than 0, got {T!r}")
+    if not 0<T<float('inf'): raise ValueError(f"`T` must be greater than 0 and finite, got {T}; 1 leaves the probabilities as they are, higher softens them")
 
 def soft_log_probs(
     z:Tensor, # Logits, `(n,c,...)`
@@ -38,7 +39,7 @@ def reduce_loss(
     "Average `loss` over positions, then reduce it over items; with a `mask`, 'mean' weighs every counted position alike, as cross-entropy does"
     if reduction not in ('mean','sum','none'): raise ValueError(f"`reduction` must be 'mean', 'sum' or 'none', got {reduction!r}")
     if mask is not None:
-        loss = loss.masked_fill(~mask, 0)
+        loss = torch.where(mask, loss, 0)
         if reduction=='mean': return loss.sum()/mask.sum().clamp(min=1)
         if loss.ndim>1: loss = loss.flatten(1).sum(1)/mask.flatten(1).sum(1).clamp(min=1)
     elif reduction=='mean': return loss.mean()
@@ -95,7 +96,9 @@ def prep_logits(
         targ = check_targ(name, targ, s.shape[:1]+s.shape[2:])
         if ignore_index is not None:
             mask = targ!=ignore_index
-            targ = targ.masked_fill(~mask, 0)
+            # without a mask a loss is cheaper; a GPU would have to be waited for to know
+            if mask.device.type=='cpu' and mask.all(): mask = None
+            elif need_targ: targ = targ.masked_fill(~mask, 0)
     return s,t,targ,mask
 
 def no_autocast(
@@ -127,7 +130,9 @@ class KDModule(nn.Module):
         for k,v in b.arguments.items(): setattr(self, k, v)
 
     @property
-    def needs(self): return ('targ',) if self._targ_default is inspect.Parameter.empty or getattr(self, 'ignore_index', None) is not None else ()
+    def needs_labels(self): return self._targ_default is inspect.Parameter.empty
+    @property
+    def needs(self): return ('targ',) if self.needs_labels or getattr(self, 'ignore_index', None) is not None else ()
     @property
     def scale(self): return self.T**2 if self.squared_T else 1.
     def extra_repr(self): return ', '.join(f'{k}={getattr(self,k)!r}' for k in self.hypers)
@@ -149,8 +154,8 @@ def call_loss(
     teach, # Teacher's output
     targ=None # Labels, handed over where `loss` needs them
 )->Tensor: # The loss
-    "`loss(inp, teach)`, or `loss(inp, teach, targ)` where it needs labels"
-    return loss(inp, teach, targ) if 'targ' in loss_needs(loss) else loss(inp, teach)
+    "`loss(inp, teach)`, or `loss(inp, teach, targ=targ)` where it needs labels"
+    return loss(inp, teach, targ=targ) if 'targ' in loss_needs(loss) else loss(inp, teach)
 
 # %% ../nbs/00_core.ipynb #14e4d3a0
 _losses = {}

@@ -15,12 +15,12 @@ from sklearn.model_selection import train_test_split
 # %% ../nbs/01_test_utils.ipynb #02beafea
 class MemoryDL(TfmdDL):
     "`TfmdDL` that transforms each item once and keeps the results, for small data without random item transforms"
-    def do_item(self, s): return s
+    def do_item(self, s): return ifnone(s, 0) # fastai's first look asks for item None
     def do_batch(self, b):
         if not hasattr(self, '_items'):
             its = [self.after_item(self.dataset[i]) for i in range(len(self.dataset))]
             self._items = tuple(retain_type(torch.stack([tensor(o) for o in c]), c[0]) for c in zip(*its))
-        return tuple(o[list(b)] for o in self._items)
+        return tuple(o[tensor(b)] for o in self._items)
 
 # %% ../nbs/01_test_utils.ipynb #4ec55541
 def _img(o, size):
@@ -102,7 +102,5 @@ def digits_teacher(
 def fit_table(
     learn:Learner # That was fitted
 )->pd.DataFrame: # One row per epoch
-    "The training table of the last fit"
-    cols = learn.recorder.metric_names[1:-1]
-    # `validate` appends a shorter row
-    return pd.DataFrame([o for o in learn.recorder.values if len(o)==len(cols)], columns=cols).rename_axis('epoch')
+    "The training table of the last fit; `validate` and `get_preds` clear it"
+    return pd.DataFrame(list(learn.recorder.values), columns=learn.recorder.metric_names[1:-1]).rename_axis('epoch')

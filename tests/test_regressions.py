@@ -400,6 +400,7 @@ class TestOnlyTraining:
     def test_lr_find(self, pair):
         losses = []
         def find(l):
+            l.create_opt()
             lr = float(l.lr_find(num_it=20, show_plot=False)[0])
             losses.append(torch.stack(list(l.recorder.losses)))
             return lr,l.recorder.metric_names
