@@ -45,6 +45,8 @@ works = dict(digits=digits, cifar10=cifar10)
 configs = {'student alone': None,
     **{f'kd T={T} alpha={a}': dict(loss='kd', T=T, alpha=a) for a in (.2,.5,.9) for T in (1.,2.,4.,8.,20.)},
     **{f'{l} alpha={a}': dict(loss=l, alpha=a) for l in ('dkd','nkd') for a in (.2,.5)},
+    **{f'nkd T={T} alpha={a}': dict(loss='nkd', T=T, alpha=a) for T in (2.,4.) for a in (.5,.9)},
+    **{f'dkd T=8.0 alpha={a}': dict(loss='dkd', T=8., alpha=a) for a in (.1,.2)},
     **{f'{l} alpha=.5': dict(loss=l, alpha=.5) for l in ('mse_logits','dist','lskd','mlkd','ttm','jsd','rkl')}}
 
 @call_parse

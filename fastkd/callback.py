@@ -15,8 +15,8 @@ from fastai.callback.mixup import MixHandler
 from .core import *
 from .losses.all import *
 from .teacher import *
-from contextlib import nullcontext
 from copy import deepcopy
+from numbers import Real
 
 # %% ../nbs/40_callback.ipynb #eaea56ae
 _families = {
@@ -66,13 +66,13 @@ class _Mean:
     def __call__(self): return float(self.tot)/self.n if self.n else float('nan')
 
 def _check_weight(nm, v, hi=None):
-    if isinstance(v, bool) or not isinstance(v, (int,float)): raise TypeError(f"`{nm}` must be a number{' or a schedule' if hi else ''}, got {v!r}")
+    if isinstance(v, bool) or not isinstance(v, Real): raise TypeError(f"`{nm}` must be a number{' or a schedule' if hi else ''}, got {v!r}")
     if not 0<=v<=ifnone(hi, sys.float_info.max): raise ValueError(f"`{nm}` must be {f'between 0 and {hi}' if hi else 'finite and at least 0'}, got {v}")
     return v
 
 def _check_window(start, stop):
     for nm,o in (('start',start),('stop',stop)):
-        if isinstance(o, bool) or not isinstance(o, (int,float)): raise TypeError(f"`{nm}` is a fraction of training (float) or an epoch (int), got {o!r}")
+        if isinstance(o, bool) or not isinstance(o, Real): raise TypeError(f"`{nm}` is a fraction of training (float) or an epoch (int), got {o!r}")
         if not o>=0 or (isinstance(o, float) and o>1) or (nm=='stop' and o==0): raise ValueError(f"`{nm}` must be a fraction of training between 0. and 1., or an epoch{', and come after the beginning' if nm=='stop' else ''}, got {o}")
     if type(start)==type(stop) and start>=stop: raise ValueError(f"`start` must come before `stop`, got {start} and {stop}")
 
@@ -263,30 +263,14 @@ class KnowledgeDistillation(Callback):
         if any(id(p) in mine for m in self._teacher.models for p in m.parameters()):
             raise ValueError("teacher and student share weights, so the teacher would change as the student learns: pass a copy, `copy.deepcopy(learn.model)`")
 
-    def _batches(self, n=256):
-        "Validation batches (training ones, if there are none) until `n` items; nobody's random state moves"
-        learn,dls = self._learn,self._learn.dls
-        valid = len(dls.loaders)>1 and len(dls.valid)>0
-        res = []
-        with no_random(reproducible=False):
-            dl = dls.valid if valid else dls.train.new(shuffle=False) if hasattr(dls.train, 'new') else dls.train
-            with dl.fake_l.no_multiproc() if hasattr(dl, 'fake_l') else nullcontext():
-                for b in dl:
-                    b = learn._set_device(b)
-                    i = getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
-                    res.append((b[:i],b[i:]))
-                    n -= find_bs(b)
-                    if n<=0: break
-        return res
-
     def _preflight(self):
         "Is the teacher's answer made of logits, for these classes, and better than chance?"
         ax,n,right,ignore = self._axis,0,0,getattr(self._kd, 'ignore_index', None)
-        for i,(xb,yb) in enumerate(self._batches()):
+        for i,(xb,yb) in enumerate(some_batches(self._learn)):
             try: t = self._teacher(*xb)
             except RuntimeError as e: raise ValueError(f"the teacher cannot run on the student's inputs {[tuple(x.shape) for x in xb if isinstance(x, Tensor)]}: {e}\nPrepare them for it: `Teacher(model, size=..., input_tfm=...)`") from e
             if not isinstance(t, Tensor): return
-            if self._kind!='regress': self._check_logits(t.float())
+            if self._kind!='regress': check_logits(t, self._kind, self._axis, get_vocab(self._learn.dls))
             if i==0: self._check_shape(xb, t)
             if self._kind=='regress': return
             y = self._targ(yb[0], t).as_subclass(Tensor) if len(yb)==1 and isinstance(yb[0], Tensor) else None
@@ -307,13 +291,6 @@ class KnowledgeDistillation(Callback):
             for o,mode in modes: o.training = mode
         if hasattr(m, 'reset'): m.reset()
         if isinstance(pred, Tensor): check_same(type(self._kd).__name__, pred, t)
-
-    def _check_logits(self, t):
-        vocab,c = get_vocab(self._learn.dls),t.shape[self._axis]
-        if self._kind=='softmax':
-            if vocab is not None and len(vocab)!=c: raise ValueError(f"the teacher answers with {c} classes, the student's data have {len(vocab)}: {vocab[:5]}{'...' if len(vocab)>5 else ''}. Pass the teacher's class names to match them: `Teacher(model, vocab=[...])`")
-            if c>1 and (t>=0).all() and ((t.sum(self._axis)-1).abs()<1e-3).all(): raise ValueError("the teacher answers with probabilities (they sum to 1), logits are needed: take its softmax away, or `Teacher(model, output=lambda p: p.clamp_min(1e-8).log())`")
-        elif (t>=0).all() and (t<=1).all() and t.numel()>64: raise ValueError("the teacher answers with probabilities (all between 0 and 1), logits are needed: take its sigmoid away, or `Teacher(model, output=lambda p: torch.logit(p, 1e-6))`")
 
     # -- copies: an export holds a plain `Callback`, so it loads without this library and without the teacher
     def __reduce_ex__(self, protocol): return Callback,()
