@@ -76,20 +76,27 @@ def _check_window(start, stop):
         if not o>=0 or (isinstance(o, float) and o>1) or (nm=='stop' and o==0): raise ValueError(f"`{nm}` must be a fraction of training between 0. and 1., or an epoch{', and come after the beginning' if nm=='stop' else ''}, got {o}")
     if type(start)==type(stop) and start>=stop: raise ValueError(f"`start` must come before `stop`, got {start} and {stop}")
 
+def _in_fit(learn):
+    "Does `learn.fit` run, further up the stack?"
+    f = sys._getframe()
+    while f is not None and not (f.f_code is Learner.fit.__code__ and f.f_locals.get('self') is learn): f = f.f_back
+    return f is not None
+
 class KnowledgeDistillation(Callback):
     "Train the Learner on its own loss and on a teacher's answers (Hinton et al. 2015, arXiv:1503.02531)"
     order,run_valid,_only_train_loop = GradientAccumulation.order-1,False,True
-    _learn,_ready,_idle,_cols,_checked,_answer = None,False,False,(),None,None
+    _learn,_ready,_idle,_inside,_cols,_checked,_answer,_mix = None,False,False,False,(),None,None,None
     def __init__(self,
         teacher=None, # Learner, `nn.Module`, path of an exported Learner, `Teacher`, or a list of these
         loss=None, # Response loss: an instance or a registered name; None: the one that fits the Learner's loss function
         T=None, # Temperature, greater than 0, or a schedule (`SchedCos(8,1)`, any callable of progress 0-1); None: the loss's own
         alpha=.5, # Weight of the response loss, 0-1, or a schedule
         task_weight:float|None=None, # Weight of the Learner's own loss; None: `1-alpha`
+        *,
         start:float|int=0., # Distil from here: fraction of training, or epoch if an int
         stop:float|int=1., # Distil until here: fraction of training, or epoch if an int
         pred_kd=None, # Index, key or callable: the part of a tuple or dict prediction to distil; None: worked out (DeiT: the second)
-        log:bool=True # Add columns `task_loss` and `kd_loss` (without the factor T²) to the training table?
+        log:bool=True # Add columns to the training table: `task_loss`, and `kd_loss` without the factor T² where the whole loss has it?
     ):
         if teacher is None: raise ValueError("`teacher` is None: pass a Learner, an nn.Module, a path of an exported Learner, a `Teacher`, or a list of these")
         if loss is not None: get_loss(loss)
@@ -140,12 +147,16 @@ class KnowledgeDistillation(Callback):
 
     # -- what fastai calls
     def before_fit(self):
-        self.teardown()
         learn = self._learn
+        # the event also opens validate, get_preds, tta and summary, which train nothing
+        fitting = _in_fit(learn)
+        self._inside = fitting and learn.lock.locked()
+        if self._inside: return
+        self.teardown()
         self._idle = hasattr(learn, 'lr_finder')
-        # validate and get_preds hold the lock: they train nothing and get no columns
-        if self._idle or learn.lock.locked(): return
+        if self._idle or not fitting: return
         if sum(isinstance(cb, KnowledgeDistillation) for cb in learn.cbs)>1: raise ValueError("two KnowledgeDistillation callbacks would weigh the task loss twice: use one, with a list of teachers or a `WeightedSum` of losses")
+        self._setup()
         if not self.log: return
         nms = ['task_loss','kd_loss']+[f'kd_{k}' for k in ('alpha','T') if callable(getattr(self,k))]
         self._cols = [_Column(partial(self._mean, nm), nm) for nm in nms]
@@ -155,6 +166,7 @@ class KnowledgeDistillation(Callback):
         if self._idle: return
         self._means.clear()
         if not self._ready: self._setup()
+        self._mix = first(cb for cb in self._learn.cbs if isinstance(cb, MixHandler) and cb.stack_y)
         self._teacher.reset()
 
     def after_pred(self):
@@ -176,14 +188,17 @@ class KnowledgeDistillation(Callback):
         task,kd = learn.loss.as_subclass(Tensor),0.
         if alpha:
             teach,self._answer = self._ask() if self._answer is None else self._answer,None
-            kd = self._compare(self._pred(), teach)
+            if callable(self.T): self._set_T(self.T(learn.pct_train))
+            kd = self._compare(self._pred(learn.pred), teach, learn.yb, self._mix)
         if alpha or w!=1:
             # added, not interpolated: what other callbacks put into `loss_grad` keeps its weight
             more = torch.add((w-1)*task, kd, alpha=alpha) if alpha else (w-1)*task
             learn.loss_grad,learn.loss = learn.loss_grad.as_subclass(Tensor)+more,task+more
         if self.log: self._note(task, kd, alpha)
 
-    def after_fit(self): self.teardown()
+    def after_fit(self):
+        if not self._inside: self.teardown()
+        self._inside = False
 
     # -- the parts
     def _at(self, o): return o(self._learn.pct_train) if callable(o) else o
@@ -197,21 +212,22 @@ class KnowledgeDistillation(Callback):
 
     def _ask(self):
         learn = self._learn
-        t = self._teacher(*learn.xb)
-        # the sum is quick to look at, but may overflow by itself
-        if isinstance(t, Tensor) and not math.isfinite(t.sum(dtype=torch.float32).item()) and not torch.isfinite(t).all():
-            raise ValueError(f"the teacher's answer to batch {learn.iter} of epoch {learn.epoch} is not finite: {int((~torch.isfinite(t)).sum())} of {t.numel()} values; check its inputs (normalisation) and precision (`Teacher(dtype=torch.float32)`)")
-        return t
+        res = self._teacher(*learn.xb)
+        for t in res.values() if isinstance(res, dict) else (res,):
+            # the sum is quick to look at, but may overflow by itself
+            if isinstance(t, Tensor) and t.is_floating_point() and not math.isfinite(t.sum(dtype=torch.float32).item()) and not torch.isfinite(t).all(): self._not_finite(t)
+        return res
 
-    def _pred(self):
-        pred = self._learn.pred
+    def _not_finite(self, t):
+        learn = self._learn
+        raise ValueError(f"the teacher's answer to batch {learn.iter} of epoch {learn.epoch} is not finite: {int((~torch.isfinite(t)).sum())} of {t.numel()} values; check its inputs (normalisation) and precision (`Teacher(dtype=torch.float32)`)")
+
+    def _pred(self, pred):
         if self._whole or (isinstance(pred, Tensor) and not callable(self.pred_kd)): return pred
         deit = self.pred_kd is None and isinstance(pred, tuple) and len(pred)==2 and all(isinstance(o, Tensor) and o.shape==pred[1].shape for o in pred)
         return pick_output(pred, 1 if deit else self.pred_kd, 'the student', 'KnowledgeDistillation(teacher, pred_kd=...)')
 
-    def _compare(self, pred, teach):
-        if callable(self.T): self._set_T(self.T(self._learn.pct_train))
-        yb,mix = self._learn.yb,self._mix
+    def _compare(self, pred, teach, yb, mix=None):
         if not self._needs_targ: kd = self._kd(pred, teach)
         elif mix is None: kd = self._kd(pred, teach, targ=self._targ(yb[0], teach) if len(yb)==1 else yb)
         else:
@@ -248,12 +264,14 @@ class KnowledgeDistillation(Callback):
         self._needs_labels = any(getattr(m, 'needs_labels', self._needs_targ and not isinstance(m, nn.Module)) for m in mods)
         self._T_mods = [m for m in mods if hasattr(m, 'T')]
         if self.T is not None and not self._T_mods: raise ValueError(f"`T` was given, but {self._loss or self._kd} has no temperature")
+        # a schedule that leaves its range is found now, not in the middle of training
+        for pos in (.5,1.,0.) if callable(self.alpha) else (): _check_weight('alpha', self.alpha(pos), 1)
+        for pos in (.5,1.,0.) if callable(self.T) else (): check_T(self.T(pos))
         if self.T is not None: self._set_T(self._at(self.T))
         kind,kw = loss_family(learn.loss_func)
-        self._kind = kind or ('binary' if isinstance(self._kd, BinaryKDLoss) else 'softmax')
+        self._kind = kind or ('binary' if isinstance(self._kd, BinaryKDLoss) else 'regress' if isinstance(self._kd, MSELogitsLoss) and get_vocab(learn.dls) is None else 'softmax')
         self._axis = getattr(self._kd, 'axis', kw.get('axis', 1))
-        self._mix = first(cb for cb in learn.cbs if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False))
-        self._teacher.bind(learn, self._kind, self._axis)
+        self._teacher.bind(learn, self._kind, self._axis, self._whole)
         self._ready = True
         if self._checked is not learn.dls: self._preflight()
         self._checked = learn.dls
@@ -264,33 +282,40 @@ class KnowledgeDistillation(Callback):
             raise ValueError("teacher and student share weights, so the teacher would change as the student learns: pass a copy, `copy.deepcopy(learn.model)`")
 
     def _preflight(self):
-        "Is the teacher's answer made of logits, for these classes, and better than chance?"
+        "Ask both about validation batches: do the answers fit each other and the loss, and is the teacher better than chance?"
         ax,n,right,ignore = self._axis,0,0,getattr(self._kd, 'ignore_index', None)
         for i,(xb,yb) in enumerate(some_batches(self._learn)):
+            pred = self._look(xb) if i==0 else None
+            # these are not the inputs that a callback will make of the batch: the first step will tell
+            if i==0 and pred is None: return
             try: t = self._teacher(*xb)
             except RuntimeError as e: raise ValueError(f"the teacher cannot run on the student's inputs {[tuple(x.shape) for x in xb if isinstance(x, Tensor)]}: {e}\nPrepare them for it: `Teacher(model, size=..., input_tfm=...)`") from e
             if not isinstance(t, Tensor): return
-            if self._kind!='regress': check_logits(t, self._kind, self._axis, get_vocab(self._learn.dls))
-            if i==0: self._check_shape(xb, t)
-            if self._kind=='regress': return
-            y = self._targ(yb[0], t).as_subclass(Tensor) if len(yb)==1 and isinstance(yb[0], Tensor) else None
-            if self._kind=='binary' or y is None or y.is_floating_point() or y.shape!=(p:=t.argmax(ax)).shape: return
+            if i==0: self._check_first(xb, yb, pred, t)
+            y = self._targ(yb[0], t) if len(yb)==1 and isinstance(yb[0], Tensor) else None
+            if self._kind!='softmax' or y is None or y.is_floating_point() or y.shape!=(p:=t.argmax(ax)).shape: return
             keep = torch.ones_like(y, dtype=torch.bool) if ignore is None else y!=ignore
             n,right = n+keep.sum().item(),right+(p==y)[keep].sum().item()
         chance = 1/t.shape[ax]
         if n>=64 and right/n<1.25*chance: warn(f"the teacher is right on {right/n:.3f} of {n} validation labels, which is near chance ({chance:.3f}): are its classes in the student's order (`Teacher(vocab=...)`), its inputs prepared as it knows them (`Teacher(stats=...)`)?")
 
-    def _check_shape(self, xb, t):
-        "Compare the teacher's answer with the student's, which stays as it is"
+    def _look(self, xb):
+        "What the student says, which stays as it is; None where it cannot run on the batch as it comes"
         m = self._learn.model
         modes = [(o,o.training) for o in m.modules()]
         m.eval()
         try:
-            with torch.no_grad(): pred = m(*xb)
+            with torch.no_grad(): return m(*xb)
+        except RuntimeError: return None
         finally:
             for o,mode in modes: o.training = mode
-        if hasattr(m, 'reset'): m.reset()
-        if isinstance(pred, Tensor): check_same(type(self._kd).__name__, pred, t)
+            if hasattr(m, 'reset'): m.reset()
+
+    def _check_first(self, xb, yb, pred, t):
+        for p in self._teacher.parts: check_logits(t if p is self._teacher else p(*xb), self._kind, self._axis, get_vocab(self._learn.dls))
+        if not isinstance(pred, Tensor) or (self._needs_targ and not len(yb)): return
+        check_same(type(self._kd).__name__, pred, t)
+        with torch.no_grad(): self._compare(pred, t, yb)
 
     # -- copies: an export holds a plain `Callback`, so it loads without this library and without the teacher
     def __reduce_ex__(self, protocol): return Callback,()

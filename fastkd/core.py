@@ -10,6 +10,7 @@ __all__ = ['check_T', 'soft_log_probs', 'reduce_loss', 'check_same', 'check_targ
 
 # %% ../nbs/00_core.ipynb #ce73f1c7
 import difflib,inspect
+from numbers import Real
 import torch,torch.nn.functional as F
 from torch import nn,Tensor
 
@@ -18,7 +19,7 @@ def check_T(
     T:float # Temperature
 ):
     "Refuse a temperature that is not positive"
-    if isinstance(T, (str,list,tuple,dict)): raise TypeError(f"`T` must be a number greater than 0, got {T!r}")
+    if not isinstance(T, (Real,Tensor)): raise TypeError(f"`T` must be a number greater than 0, got {T!r}")
     if not 0<T<float('inf'): raise ValueError(f"`T` must be greater than 0 and finite, got {T}; 1 leaves the probabilities as they are, higher softens them")
 
 def soft_log_probs(
@@ -88,6 +89,7 @@ def prep_logits(
     check_same(name, inp, teach)
     if inp.ndim<2: raise ValueError(f"`{name}` needs logits `(n,c)` or `(n,c,...)`, got {_shape(inp)}")
     if not inp.numel(): raise ValueError(f"`{name}` got nothing to compare: logits of shape {_shape(inp)}")
+    if not -inp.ndim<=axis<inp.ndim or axis%inp.ndim==0: raise ValueError(f"`{name}`: `axis` must be that of the classes, 1 to {inp.ndim-1} or -1, of logits {_shape(inp)}, got {axis}")
     s,t = _plain(inp),_plain(teach.detach())
     if axis not in (1, 1-s.ndim): s,t = s.movedim(axis,1),t.movedim(axis,1)
     if s.shape[1]<min_c: raise ValueError(f"`{name}` needs at least {min_c} classes, got {s.shape[1]} on axis {axis} of {_shape(inp)}")
@@ -99,6 +101,8 @@ def prep_logits(
             # without a mask a loss is cheaper; a GPU would have to be waited for to know
             if mask.device.type=='cpu' and mask.all(): mask = None
             elif need_targ: targ = targ.masked_fill(~mask, 0)
+        if need_targ and targ.device.type=='cpu' and not (0<=targ.min() and targ.max()<s.shape[1]):
+            raise ValueError(f"`{name}` needs labels from 0 to {s.shape[1]-1}, got {targ.min()} to {targ.max()}; pass `ignore_index` where one of them means 'no label'")
     return s,t,targ,mask
 
 def no_autocast(
@@ -194,11 +198,20 @@ def get_loss(
     if name not in _losses: raise ValueError(f"no loss is called {name!r}.{nearest(name, _losses)} `list_losses()` has them all")
     return _losses[name](**kwargs)
 
-# %% ../nbs/00_core.ipynb #a0793cfe
+# %% ../nbs/00_core.ipynb #3109128e
+class _Func(nn.Module):
+    "A function among the parts of a sum"
+    def __init__(self, f): super().__init__(); self.f,self.needs = f,loss_needs(f)
+    def forward(self, inp, teach, targ=None): return call_loss(self.f, inp, teach, targ)
+
+def _module(loss):
+    loss = get_loss(loss)
+    return loss if isinstance(loss, nn.Module) else _Func(loss)
+
 def _parts(o):
     if not isinstance(o, dict) or not o: raise TypeError(f"expected a dict of name to loss or (loss, weight), got {o!r}")
     o = {k:v if isinstance(v, tuple) else (v,1.) for k,v in o.items()}
-    return nn.ModuleDict({k:get_loss(l) for k,(l,_) in o.items()}),{k:float(w) for k,(_,w) in o.items()}
+    return nn.ModuleDict({k:_module(l) for k,(l,_) in o.items()}),{k:float(w) for k,(_,w) in o.items()}
 
 class WeightedSum(nn.Module):
     "Weighted sum of losses of the same outputs"
@@ -221,6 +234,6 @@ class DictLoss(WeightedSum):
     whole_output = True
     def forward(self, inp, teach, targ=None):
         for side,o in (('student',inp),('teacher',teach)):
-            if not isinstance(o, dict): raise TypeError(f"`DictLoss` compares dicts, got {type(o).__name__} from the {side}")
+            if not isinstance(o, dict): raise TypeError(f"`DictLoss` compares dicts, got {type(o).__name__} from the {side}{'; `Teacher(model, output=noop)` hands over all it says' if side=='teacher' else ''}")
             if (miss:=[k for k in self.losses if k not in o]): raise ValueError(f"`DictLoss`: no {miss} in the {side}'s output, which has {list(o)}")
         return sum(w*call_loss(self.losses[k], inp[k], teach[k], targ) for k,w in self.weights.items())

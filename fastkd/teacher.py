@@ -87,7 +87,7 @@ class Teacher:
             raise TypeError(f"a teacher is a Learner, an nn.Module, a path of an export or a list of these; got {f'the class {model.__name__}: pass an instance' if isinstance(model, type) else repr(model)}")
         store_attr(but='compile')
         self.fn = torch.compile(model) if compile else model
-        self.idx,self.axis,self.norm,self._mods,self._were_training = None,1,None,list(model.modules()),[]
+        self.idx,self.axis,self.whole,self.norm,self._mods,self._were_training = None,1,False,None,list(model.modules()),[]
 
     @classmethod
     @delegates(__init__, but='model')
@@ -100,18 +100,21 @@ class Teacher:
 
     @property
     def models(self): return [self.model]
+    @property
+    def parts(self): return [self]
 
     def bind(self,
         learn:Learner, # The student
         kind:str='softmax', # 'softmax', 'binary' or 'regress': what the outputs are
-        axis:int=1 # Class axis of the outputs
+        axis:int=1, # Class axis of the outputs
+        whole:bool=False # Hand over tuples and dicts as they are, where `output` is not given?
     ):
         "Go to the student's device, line up classes and normalisation; `release` undoes it"
         self.release()
         device = first(learn.model.parameters()).device
         self.model.to(device)
         if self.channels_last or hasattr(learn, 'channels_last'): self.model.to(memory_format=torch.channels_last)
-        self._mods,self.axis = list(self.model.modules()),axis
+        self._mods,self.axis,self.whole = list(self.model.modules()),axis,whole
         self._were_training = [m for m in self._mods if m.training]
         self._bind_vocab(get_vocab(learn.dls) if kind!='regress' else None, device)
         self._bind_stats(get_stats(learn.dls), device)
@@ -149,9 +152,16 @@ class Teacher:
 
     def _logits(self, out):
         which = 0 if self.output is None and isinstance(out, tuple) and hasattr(self.model, 'reset') else self.output
-        if which is noop: return out
+        if which is noop or (which is None and self.whole): return self._align_all(out)
         out = pick_output(out, which).as_subclass(Tensor)
+        if self.idx is not None and out.shape[self.axis]!=len(self.vocab): raise ValueError(f"the teacher answers with {out.shape[self.axis]} values, its vocabulary names {len(self.vocab)}: {list(self.vocab)[:5]}; pass the names of its outputs, in their order: `Teacher(model, vocab=[...])`")
         return out if self.idx is None else out.index_select(self.axis, self.idx)
+
+    def _align_all(self, o):
+        if isinstance(o, dict): return {k:self._align_all(v) for k,v in o.items()}
+        if isinstance(o, (tuple,list)): return type(o)(self._align_all(v) for v in o)
+        if self.idx is None or not isinstance(o, Tensor) or o.ndim<2 or o.shape[self.axis]!=len(self.vocab): return o
+        return o.index_select(self.axis, self.idx)
 
     def __call__(self, *xb):
         "The teacher's logits for a batch of inputs"
@@ -174,7 +184,7 @@ def some_batches(
         dl = dls.valid if valid else dls.train.new(shuffle=False) if hasattr(dls.train, 'new') else dls.train
         with dl.fake_l.no_multiproc() if hasattr(dl, 'fake_l') else nullcontext():
             for b in dl:
-                b = learn._set_device(b)
+                b = tuple(o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in learn._set_device(b))
                 i = getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
                 res.append((b[:i],b[i:]))
                 n -= find_bs(b)
@@ -183,16 +193,19 @@ def some_batches(
 
 def check_logits(
     t:Tensor, # A teacher's answer
-    kind:str='softmax', # 'softmax' or 'binary'
+    kind:str='softmax', # 'softmax', 'binary' or 'regress'
     axis:int=1, # Class axis
     vocab:list|None=None # The student's classes; None: not known
 ):
-    "Refuse probabilities, and another number of classes than the student's"
-    c,t = t.shape[axis],t.float()
+    "Refuse what is not finite, probabilities, and another number of classes than the student's"
+    if not torch.isfinite(t).all(): raise ValueError(f"the teacher's answer to the first validation batch is not finite: {int((~torch.isfinite(t)).sum())} of {t.numel()} values; check its inputs (normalisation) and precision (`Teacher(dtype=torch.float32)`)")
+    t = t.float()
     if kind=='softmax':
+        c = t.shape[axis]
         if vocab is not None and len(vocab)!=c: raise ValueError(f"the teacher answers with {c} classes, the student's data have {len(vocab)}: {vocab[:5]}{'...' if len(vocab)>5 else ''}. Pass the teacher's class names to match them: `Teacher(model, vocab=[...])`")
         if c>1 and (t>=0).all() and ((t.sum(axis)-1).abs()<1e-3).all(): raise ValueError("the teacher answers with probabilities (they sum to 1), logits are needed: take its softmax away, or `Teacher(model, output=lambda p: p.clamp_min(1e-8).log())`")
-    elif (t>=0).all() and (t<=1).all() and t.numel()>64: raise ValueError("the teacher answers with probabilities (all between 0 and 1), logits are needed: take its sigmoid away, or `Teacher(model, output=lambda p: torch.logit(p, 1e-6))`")
+        if c>1 and (t>=0).all() and (t<=1).all() and t.numel()>64: warn("all of the teacher's answers lie between 0 and 1: are they probabilities of a sigmoid? Logits are needed")
+    elif kind=='binary' and (t>=0).all() and (t<=1).all() and t.numel()>64: raise ValueError("the teacher answers with probabilities (all between 0 and 1), logits are needed: take its sigmoid away, or `Teacher(model, output=lambda p: torch.logit(p, 1e-6))`")
 
 # %% ../nbs/30_teacher.ipynb #5d6d8cbf
 class Ensemble:
@@ -209,7 +222,10 @@ class Ensemble:
 
     @property
     def models(self): return [m for t in self.teachers for m in t.models]
-    def bind(self, learn, kind='softmax', axis=1):
+    @property
+    def parts(self): return [p for t in self.teachers for p in t.parts]
+    def bind(self, learn, kind='softmax', axis=1, whole=False):
+        if whole: raise ValueError("an Ensemble averages one output; a loss of whole dicts (`DictLoss`) takes one teacher")
         self.kind,self.axis = kind,axis
         self.log_w = self.log_w.to(first(learn.model.parameters()).device)
         for t in self.teachers: t.bind(learn, kind, axis)
