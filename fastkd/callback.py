@@ -215,7 +215,8 @@ class KnowledgeDistillation(Callback):
         res = self._teacher(*learn.xb)
         for t in res.values() if isinstance(res, dict) else (res,):
             # the sum is quick to look at, but may overflow by itself
-            if isinstance(t, Tensor) and t.is_floating_point() and not math.isfinite(t.sum(dtype=torch.float32).item()) and not torch.isfinite(t).all(): self._not_finite(t)
+            if not isinstance(t, Tensor) or not t.is_floating_point(): continue
+            if not math.isfinite(t.sum(dtype=torch.float32).item()) and not torch.isfinite(t).all(): self._not_finite(t)
         return res
 
     def _not_finite(self, t):
@@ -269,7 +270,8 @@ class KnowledgeDistillation(Callback):
         for pos in (.5,1.,0.) if callable(self.T) else (): check_T(self.T(pos))
         if self.T is not None: self._set_T(self._at(self.T))
         kind,kw = loss_family(learn.loss_func)
-        self._kind = kind or ('binary' if isinstance(self._kd, BinaryKDLoss) else 'regress' if isinstance(self._kd, MSELogitsLoss) and get_vocab(learn.dls) is None else 'softmax')
+        values = isinstance(self._kd, MSELogitsLoss) and get_vocab(learn.dls) is None
+        self._kind = kind or ('binary' if isinstance(self._kd, BinaryKDLoss) else 'regress' if values else 'softmax')
         self._axis = getattr(self._kd, 'axis', kw.get('axis', 1))
         self._teacher.bind(learn, self._kind, self._axis, self._whole)
         self._ready = True

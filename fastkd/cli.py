@@ -95,7 +95,9 @@ def demo_picture(
         ax.fill_between(np.arange(1, c.shape[1]+1), c.min(0), c.max(0), alpha=.15, color=line.get_color(), lw=0)
     with teacher.no_bar(), teacher.no_logging(): acc = teacher.validate()[1]
     ax.axhline(acc, color='grey', ls=':', label=f'teacher: {acc:.3f}')
-    ax.set(xlabel='epoch', ylabel='validation accuracy', title=f'{len(first(runs.values()))} runs of each student: mean and range', ylim=(max(0, np.median([r["curve"][len(r["curve"])//4] for r in first(runs.values())])-.1),1.005))
+    rs = first(runs.values())
+    early = np.median([r['curve'][len(r['curve'])//4] for r in rs])
+    ax.set(xlabel='epoch', ylabel='validation accuracy', ylim=(max(0, early-.1),1.005), title=f'{len(rs)} runs of each student: mean and range')
     ax.legend(loc='lower right')
     _picture_targets(bottom, teacher, dls, T)
     return fig
@@ -133,4 +135,6 @@ def demo(
     teacher,dls,runs = demo_runs(n_seeds, epochs)
     print('\n'+demo_table(teacher, dls, runs).to_string())
     demo_picture(teacher, dls, runs).savefig(out, dpi=110)
-    print(f'\nAccuracy on 599 digits that nobody trained on, mean ± sd over {n_seeds} seeds; gain over the student alone with the same seed.\ndistilled: KnowledgeDistillation(teacher); distilled, nkd: KnowledgeDistillation(teacher, "nkd", T=4, alpha=.9).\nPicture: {out}   ({time.time()-start:.0f} s)')
+    print(f'\nAccuracy on 599 digits that nobody trained on, mean ± sd over {n_seeds} seeds; gain over the student alone with the same seed.')
+    print('distilled: KnowledgeDistillation(teacher); distilled, nkd: KnowledgeDistillation(teacher, "nkd", T=4, alpha=.9)')
+    print(f'Picture: {out}   ({time.time()-start:.0f} s)')
