@@ -230,7 +230,7 @@ class KnowledgeDistillation(Callback):
 
     def _compare(self, pred, teach, yb, mix=None):
         if not self._needs_targ: kd = self._kd(pred, teach)
-        elif mix is None: kd = self._kd(pred, teach, targ=self._targ(yb[0], teach) if len(yb)==1 else yb)
+        elif mix is None or not self._needs_labels: kd = self._kd(pred, teach, targ=self._targ(yb[0], teach) if len(yb)==1 else yb)
         else:
             # a mixed item has two labels: the loss is mixed as MixUp mixes the task's
             with NoneReduce(self._kd) as f: a,b = [f(pred, teach, targ=self._targ(y, teach)) for y in (mix.yb1[0],yb[0])]
@@ -291,7 +291,7 @@ class KnowledgeDistillation(Callback):
             # these are not the inputs that a callback will make of the batch: the first step will tell
             if i==0 and pred is None: return
             try: t = self._teacher(*xb)
-            except RuntimeError as e: raise ValueError(f"the teacher cannot run on the student's inputs {[tuple(x.shape) for x in xb if isinstance(x, Tensor)]}: {e}\nPrepare them for it: `Teacher(model, size=..., input_tfm=...)`") from e
+            except (RuntimeError,TypeError) as e: raise ValueError(f"the teacher cannot run on the student's inputs {[tuple(x.shape) for x in xb if isinstance(x, Tensor)]}: {e}\nPrepare them for it: `Teacher(model, size=..., input_tfm=...)`") from e
             if not isinstance(t, Tensor): return
             if i==0: self._check_first(xb, yb, pred, t)
             y = self._targ(yb[0], t) if len(yb)==1 and isinstance(yb[0], Tensor) else None
@@ -308,7 +308,7 @@ class KnowledgeDistillation(Callback):
         m.eval()
         try:
             with torch.no_grad(): return m(*xb)
-        except RuntimeError: return None
+        except Exception: return None
         finally:
             for o,mode in modes: o.training = mode
             if hasattr(m, 'reset'): m.reset()

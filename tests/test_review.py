@@ -22,7 +22,7 @@ class Seen(Callback):
     order = KD.order+1
     def before_fit(self): self.parts = []
     def after_loss(self):
-        if self.training: self.parts.append((self.x.clone(),self.y.clone(),self.learn.pred.detach().clone(),self.learn.loss.item()))
+        if self.training: self.parts.append((self.learn.xb[0].clone(),self.y.clone(),self.learn.pred.detach().clone(),self.learn.loss.item()))
 
 def test_regression_ensemble_with_own_loss():
     "Values are averaged as values, though the loss function says nothing of the task"
@@ -115,3 +115,34 @@ def test_columns_survive_a_validation_inside(few, teach):
 def test_fastai_keeps_its_names():
     import fastai.callback.mixup as m
     assert reduce_loss is m.reduce_loss
+
+def test_inputs_added_by_a_callback(few, teach):
+    "Models of two inputs, of which a callback makes the second"
+    class Two(nn.Module):
+        def __init__(self, m): super().__init__(); self.m = m
+        def forward(self, x, k): return self.m(x)*k
+    class Add(Callback):
+        def before_batch(self): self.learn.xb = (self.x,torch.full((), 2.))
+    learn,seen = digits_learner(few, cbs=Add()),Seen()
+    learn.model = Two(learn.model)
+    fit(learn, cbs=[KD(Two(teach.model), alpha=1, T=1.), seen])
+    x,y,pred,loss = seen.parts[0]
+    with torch.no_grad(): t = 2*teach.model.eval()(x)
+    assert loss==pytest.approx(F.kl_div(pred.log_softmax(1), t.softmax(1), reduction='batchmean').item(), rel=1e-5)
+
+def test_teacher_of_two_inputs(few, tmp_path):
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.m = tiny_cnn()
+        def forward(self, a, b): return self.m(a+b)
+    refused(ValueError, ['cannot run on the student','(599, 1, 8, 8)','input_tfm'], digits_learner(few, path=tmp_path), lambda: KD(Two()))
+
+def test_mixup_compares_once_without_labels(few, teach):
+    "Only a loss of labels is computed for both of a mixed item's"
+    calls = []
+    class Counted(KDLoss):
+        def forward(self, *args, **kwargs):
+            calls.append(1)
+            return super().forward(*args, **kwargs)
+    learn = digits_learner(few)
+    fit(learn, cbs=[MixUp(), KD(teach, Counted())])
+    assert len(calls)==len(few.train)+1 # and the look before training
