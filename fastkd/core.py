@@ -6,7 +6,8 @@ Docs: https://fastkd.github.io/fastkd/core.html.md"""
 
 # %% auto #0
 __all__ = ['check_T', 'soft_log_probs', 'reduce_loss', 'check_same', 'check_targ', 'prep_logits', 'no_autocast', 'KDModule',
-           'loss_needs', 'call_loss', 'nearest', 'register_loss', 'list_losses', 'get_loss', 'WeightedSum', 'DictLoss']
+           'loss_needs', 'call_loss', 'nearest', 'register_loss', 'list_losses', 'loss_name', 'get_loss', 'WeightedSum',
+           'DictLoss']
 
 # %% ../nbs/00_core.ipynb #ce73f1c7
 import difflib,inspect
@@ -60,6 +61,8 @@ def check_same(
     teach:Tensor # Teacher's tensor
 ):
     "Refuse anything but two tensors of one shape"
+    if not isinstance(teach, Tensor) and getattr(teach, 'is_sparse', False):
+        raise ValueError(f"`{name}` needs all of the teacher's logits, but only sparse rows ({teach.kept}) are stored; store them with kind='dense' or 'dense8', or use `kd_loss` with T={teach.T:g}")
     if not (isinstance(inp, Tensor) and isinstance(teach, Tensor)):
         raise TypeError(f"`{name}` compares two tensors, got student {_shape(inp)} and teacher {_shape(teach)}; pick one output of a tuple or dict (`Teacher(output=...)`, `pred_kd`) or use `DictLoss`")
     if inp.shape!=teach.shape: raise ValueError(f"`{name}`: student {_shape(inp)} and teacher {_shape(teach)} differ in shape; align classes by name (`align_vocab`, `Teacher(vocab=...)`) or resize the teacher's output (`Teacher(output=...)`)")
@@ -185,6 +188,12 @@ def register_loss(
 def list_losses()->list: # Sorted names
     "The names of all registered losses"
     return sorted(_losses)
+
+def loss_name(
+    loss # A loss
+)->str: # Its registered name, or the name of its class
+    "What a loss is called"
+    return next((k for k,c in _losses.items() if type(loss) is c), type(loss).__name__)
 
 def get_loss(
     name, # Registered name, or a loss (returned as it is)

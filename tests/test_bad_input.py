@@ -268,8 +268,7 @@ class TestTheTeacher:
         fit(learn, cbs=KD(net.cpu()))
         assert first(net.parameters()).is_cuda
 
-    @pytest.mark.parametrize('o', [None])
-    def test_none(self, learn, o): refused(ValueError, ['`teacher` is None','Learner','nn.Module'], learn, lambda: KD(o))
+    def test_none(self, learn): refused(ValueError, ['there is no teacher','KnowledgeDistillation(teacher)','store.attach(dls)'], learn, KD)
     @pytest.mark.parametrize('o,says', [(nn.Linear,'the class Linear: pass an instance'), (3,'3'), ({'a':1},"{'a': 1}"), (tiny_cnn,'tiny_cnn')])
     def test_not_a_model(self, learn, o, says): refused(TypeError, [says,'a teacher is a Learner'], learn, lambda: KD(o))
     def test_empty_list(self, learn): refused(ValueError, 'at least one teacher', learn, lambda: KD([]))

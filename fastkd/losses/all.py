@@ -1,2 +1,3 @@
+from .sparse import *
 from .logits import *
 from .check import *

@@ -15,6 +15,7 @@ __all__ = ['kd_loss', 'KDLoss', 'bkd_loss', 'BinaryKDLoss', 'hard_loss', 'HardKD
 import math,torch,torch.nn.functional as F
 from torch import Tensor
 from ..core import *
+from .sparse import *
 
 # %% ../../nbs/10_losses.logits.ipynb #355fa355
 def _one_of(name, what, o, choices):
@@ -48,7 +49,7 @@ _kd_scale = dict(
 
 def kd_loss(
     inp:Tensor, # Student logits, `(n,c)` or dense `(n,c,...)`
-    teach:Tensor, # Teacher logits, shaped as `inp`
+    teach:Tensor|SparseTargets, # Teacher logits, shaped as `inp`, or sparse rows of them at `T`
     T:float=4., # Temperature, greater than 0
     reduction:str='mean', # 'mean', 'sum' over items, or 'none' for `(n,)`
     axis:int=1, # Class axis
@@ -57,8 +58,11 @@ def kd_loss(
     targ:Tensor|None=None # Labels, shaped as `inp` without its class axis; read only for `ignore_index`
 )->Tensor: # Scalar, or `(n,)` for 'none'
     "KL divergence from teacher to student at temperature `T`, times T² (Hinton et al. 2015, arXiv:1503.02531)"
-    s,t,_,mask = prep_logits('kd_loss', inp, teach, targ, axis, ignore_index)
     _one_of('kd_loss', 'mode', mode, _kd_scale)
+    if isinstance(teach, SparseTargets):
+        if mode!='paper': raise ValueError(f"`kd_loss`: sparse rows are scaled as in the paper, got mode={mode!r}; use mode='paper', or store all logits (kind='dense')")
+        return sparse_kd_loss(inp, teach, T, reduction, axis, ignore_index, targ)
+    s,t,_,mask = prep_logits('kd_loss', inp, teach, targ, axis, ignore_index)
     loss = _kl(soft_log_probs(t,T), soft_log_probs(s,T))
     return reduce_loss(loss*_kd_scale[mode](T, s.shape[1], s.shape[2:].numel()), reduction, mask)
 
@@ -91,12 +95,15 @@ class BinaryKDLoss(KDModule, func=bkd_loss, squared_T=True): "`bkd_loss` as a mo
 
 # %% ../../nbs/10_losses.logits.ipynb #efec4403
 def hard_loss(
-    inp:Tensor, teach:Tensor, # Student and teacher logits, `(n,c)` or `(n,c,...)`
+    inp:Tensor, teach:Tensor|SparseTargets, # Student and teacher logits, `(n,c)` or `(n,c,...)`; sparse rows will do for the teacher
     reduction:str='mean', axis:int=1, ignore_index:int|None=None, targ:Tensor|None=None # As in `kd_loss`
 )->Tensor: # Scalar, or `(n,)` for 'none'
     "Cross-entropy with the teacher's most likely class (DeiT, Touvron et al. 2021, arXiv:2012.12877)"
-    s,t,_,mask = prep_logits('hard_loss', inp, teach, targ, axis, ignore_index)
-    return reduce_loss(F.cross_entropy(s, t.argmax(1), reduction='none'), reduction, mask)
+    if isinstance(teach, SparseTargets): (s,mask),top = teach.prep('hard_loss', inp, targ, axis, ignore_index),teach.argmax()
+    else:
+        s,t,_,mask = prep_logits('hard_loss', inp, teach, targ, axis, ignore_index)
+        top = t.argmax(1)
+    return reduce_loss(F.cross_entropy(s, top, reduction='none'), reduction, mask)
 
 @register_loss('hard')
 class HardKDLoss(KDModule, func=hard_loss): "`hard_loss` as a module"
