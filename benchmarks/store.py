@@ -89,14 +89,14 @@ def one_step(d, name, dls, student, teacher, n, target):
     # the time of a step is all between two batches: reading, the step, and what is looked up for it
     def steps():
         its = [iter(_forever(l.dl)) for l in learns]
-        return {k:partial(_one, l, it) for k,l,it in zip(('plain','stored'), learns, its)}
+        return {k:partial(_one, l, it, itertools.count()) for k,l,it in zip(('plain','stored'), learns, its)}
     res = {}
     inside_fits(learns, n+30, lambda: res.update(t=rounds(steps(), n, 5)))
     return report(f'step {name}', ['plain','stored'], res['t'], [0], target)
 
 def _forever(dl):
     while True: yield from dl
-def _one(learn, it): learn.one_batch(0, next(it))
+def _one(learn, it, i): learn.one_batch(next(i), next(it))
 
 def step(d, n):
     dls = digits_dls(bs=64)
@@ -105,7 +105,7 @@ def step(d, n):
     return {**res, 'resnet':one_step(d, 'resnet', dls, resnet18(num_classes=10), resnet34(num_classes=10), n, 1.03)}
 
 def precompute(d, n):
-    dls = image_dls(images(d/'pre', 320, 64), 64, 32)
+    dls = image_dls(images(d/'pre', 1280, 64), 64, 32)
     dls = DataLoaders(dls.valid.new(dls.train.dataset), dls.valid, path=dls.path)
     teacher,k = resnet34(num_classes=10).eval(),itertools.count()
     @torch.no_grad()
@@ -113,7 +113,7 @@ def precompute(d, n):
         for dl in dls.loaders:
             for b in dl: teacher(b[0].as_subclass(Tensor))
     forms = dict(bare=bare, precompute=lambda: precompute_targets(teacher, dls, d/f'pre_store{next(k)}', bar=noop))
-    return report('precompute', list(forms), rounds(forms, max(n//4, 5), 1), [0], 1.05)
+    return report('precompute', list(forms), rounds(forms, 5, 1), [0], 1.05)
 
 def replay(d, n):
     "A pass over augmented photographs: decoded, cropped at random and resized, then turned, zoomed and lit in batches"

@@ -177,6 +177,8 @@ class CachingTeacher(StoredTeacher):
         shape = known_shape(self.path, lambda: self.teacher(*some_batches(self.learn, 1)[0][0]))
         self.now = TargetStore.create(self.path, store_manifest(self.teacher, dls, shape, self.kind, self.axis, self.views))
         self._dl = track(dls.train, self.now, dls.path, need=False, seed=self.now.seed if self.views else None)
+        # what is stored has its checksum
+        self._dl._t.look = True
         self._keys,self._inv = np.unique(self._dl._t.keys, return_inverse=True)
         self._table = find_rows(self.now, self._keys)
         self._exp,self._obs,self._n,self._same,self._warned = 0.,0.,0,False,False
