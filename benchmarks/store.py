@@ -132,7 +132,7 @@ def cache(d, n, epochs=10):
     def ask():
         for b in dls.train: teacher(b[0].as_subclass(Tensor))
     forms = dict(plain=fit, teacher=ask, cached=lambda: fit(KnowledgeDistillation(teacher, cache=d/f'cache{next(k)}')))
-    return report(f'cache, {epochs} epochs', list(forms), rounds(forms, 5, 0), [0,1], 1.06)
+    return report(f"cache, {epochs} epochs", list(forms), rounds(forms, 3, 0), [0,1], 1.06)
 
 def million(d, n, items=1_000_000):
     "Write and read a million sparse rows; memory before, after"

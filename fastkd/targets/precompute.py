@@ -243,7 +243,8 @@ def _ask(teacher, dls, b):
 
 def _first_answer(ask, dls, kind, task, axis, bs):
     "Do the answers fit the data?"
-    b = dls.train.new(shuffle=False, drop_last=False, bs=min(ifnone(bs, dls.train.bs), 8)).one_batch()
+    # a few items are enough, where each says much
+    b = dls.train.new(shuffle=False, drop_last=False, bs=min(ifnone(bs, dls.train.bs), 8 if task=='softmax' else 64)).one_batch()
     out,_ = ask(b if isinstance(b, tuple) else (b,))
     # values that are not finite come up again, with the names of their items
     if isinstance(out, Tensor) and kind!='features': check_logits(out.nan_to_num(), task, axis, get_vocab(dls) if task=='softmax' else None)
