@@ -20,6 +20,7 @@ from .teacher import *
 from .targets.data import *
 from .targets.show import *
 from .targets.source import *
+from .terms import *
 from copy import deepcopy
 from numbers import Real
 
@@ -53,6 +54,7 @@ class KnowledgeDistillation(Preflight, Callback):
         T=None, # Temperature, greater than 0, or a schedule (`SchedCos(8,1)`, any callable of progress 0-1); None: the loss's own
         alpha=.5, # Weight of the response loss, 0-1, or a schedule
         task_weight:float|None=None, # Weight of the Learner's own loss; None: `1-alpha`
+        terms=(), # `Term`s: further losses, on layers of both models
         *,
         start:float|int=0., # Distil from here: fraction of training, or epoch if an int
         stop:float|int=1., # Distil until here: fraction of training, or epoch if an int
@@ -67,7 +69,7 @@ class KnowledgeDistillation(Preflight, Callback):
         if task_weight is not None: check_weight('task_weight', task_weight)
         check_window(start, stop)
         # not under the parameter's name: loggers that store a callback's parameters would store the model
-        self._teacher,self._loss = as_source(teacher, cache, views),loss
+        self._teacher,self._loss,self.terms = as_source(teacher, cache, views),loss,Terms(terms)
         store_attr('T,alpha,task_weight,start,stop,pred_kd,log')
         self._means = defaultdict(_Mean)
 
@@ -107,6 +109,7 @@ class KnowledgeDistillation(Preflight, Callback):
         "Take the columns out and give the teacher its modes back"
         if self._cols and self._learn is not None: self._learn.metrics = [m for m in self._learn.metrics if m not in self._cols]
         if self._ready: self._teacher.release()
+        self.terms.off()
         self._cols,self._ready,self._answer = (),False,None
 
     # -- what fastai calls
@@ -122,7 +125,7 @@ class KnowledgeDistillation(Preflight, Callback):
         if sum(isinstance(cb, KnowledgeDistillation) for cb in learn.cbs)>1: raise ValueError("two KnowledgeDistillation callbacks would weigh the task loss twice: use one, with a list of teachers or a `WeightedSum` of losses")
         self._setup()
         if not self.log: return
-        nms = ['task_loss','kd_loss']+[f'kd_{k}' for k in ('alpha','T') if callable(getattr(self,k))]
+        nms = ['task_loss','kd_loss']+[f'kd_{k}' for k in ('alpha','T') if callable(getattr(self,k))]+self.terms.names
         self._cols = [_Column(partial(self._mean, nm), nm) for nm in nms]
         learn.metrics = learn.metrics+self._cols
 
@@ -133,6 +136,7 @@ class KnowledgeDistillation(Preflight, Callback):
         self._mix = first(cb for cb in self._learn.cbs if isinstance(cb, MixHandler) and cb.stack_y)
         self._teacher.reset()
         if self._stored: self._learn.dl = self._teacher.loader(self._learn.epoch)
+        self.terms.on(self._learn)
 
     def before_validate(self): self._without_answers()
     def _without_answers(self):
@@ -143,7 +147,9 @@ class KnowledgeDistillation(Preflight, Callback):
         elif isinstance(dl, list): self._learn.dl = [b[:-1] if carries_answer(b) else b for b in dl]
 
     def before_batch(self):
-        if self._stored and not self._idle: self._teacher.before_batch()
+        if self._idle: return
+        if self._stored: self._teacher.before_batch()
+        self.terms.arm()
 
     def after_pred(self):
         learn = self._learn
@@ -160,17 +166,24 @@ class KnowledgeDistillation(Preflight, Callback):
         if self._idle: return
         if not self._ready: self._setup()
         learn = self._learn
-        alpha,w = self._weights()
-        task,kd = learn.loss.as_subclass(Tensor),0.
-        if alpha:
+        alpha,w,terms = *self._weights(),[]
+        task,kd,more = learn.loss.as_subclass(Tensor),0.,0.
+        if alpha or (self.terms and self._on):
             if callable(self.T): self._set_T(self.T(learn.pct_train))
             teach,self._answer = self._ask() if self._answer is None else self._answer,None
-            kd = self._compare(self._pred(learn.pred), teach, learn.yb, self._mix)
-        if alpha or w!=1:
+            pred = self._pred(learn.pred)
+            if alpha: kd = self._compare(pred, teach, learn.yb, self._mix)
+            if self.terms: terms,more = self.terms.now(learn, pred, teach, self._mix)
+        if alpha or w!=1 or terms:
             # added, not interpolated: what other callbacks put into `loss_grad` keeps its weight
-            more = torch.add((w-1)*task, kd, alpha=alpha) if alpha else (w-1)*task
+            more = more+(torch.add((w-1)*task, kd, alpha=alpha) if alpha else (w-1)*task)
             learn.loss_grad,learn.loss = learn.loss_grad.as_subclass(Tensor)+more,task+more
-        if self.log: self._note(task, kd, alpha)
+        if self.log: self._note(task, kd, alpha, terms)
+
+    def after_step(self):
+        if not self._idle: self.terms.step(self._learn)
+    def after_cancel_step(self): self.terms.zero_grad()
+    def after_train(self): self.terms.off()
 
     def after_fit(self):
         if not self._inside: self.teardown()
@@ -182,7 +195,8 @@ class KnowledgeDistillation(Preflight, Callback):
     def _weights(self):
         "Weights of the response loss and of the task now"
         now = lambda o: self._learn.epoch if isinstance(o, int) else self._learn.pct_train+1e-9
-        if not self.start<=now(self.start) or not now(self.stop)<self.stop: return 0.,1.
+        self._on = self.start<=now(self.start) and now(self.stop)<self.stop
+        if not self._on: return 0.,1.
         alpha = check_weight('alpha', self._at(self.alpha), 1) if callable(self.alpha) else self.alpha
         return alpha,1-alpha if self.task_weight is None else self.task_weight
 
@@ -220,10 +234,11 @@ class KnowledgeDistillation(Preflight, Callback):
         # labels of a table are a column, which fastai's losses flatten
         return y.squeeze(self._axis) if self._kind=='softmax' and isinstance(z, Tensor) and y.ndim==z.ndim and y.shape[self._axis]==1 else y
 
-    def _note(self, task, kd, alpha):
+    def _note(self, task, kd, alpha, terms=()):
         n = find_bs(self._learn.yb)
         self._means['task_loss'].add(task, n)
         if alpha: self._means['kd_loss'].add(kd, n, getattr(self._kd, 'scale', 1.))
+        for nm,v in zip(self.terms.names, terms): self._means[nm].add(v, n)
         if callable(self.alpha): self._means['kd_alpha'].add(alpha, n)
         if callable(self.T) and alpha: self._means['kd_T'].add(self._T_mods[0].T, n)
     def _mean(self, nm): return self._means[nm]()
@@ -255,6 +270,7 @@ class KnowledgeDistillation(Preflight, Callback):
         self._ready = True
         if self._checked is not learn.dls: self._preflight()
         self._checked = learn.dls
+        if self.terms: self.terms.setup(learn, self._teacher, self._look)
 
     # -- copies: an export holds a plain `Callback`, so it loads without this library and without the teacher
     def __reduce_ex__(self, protocol): return Callback,()

@@ -1,3 +1,7 @@
 from .sparse import *
 from .logits import *
+from .features import *
+from .projected import *
+from .relations import *
+from .contrastive import *
 from .check import *

@@ -1,0 +1,122 @@
+"Every loss on layers as a term of `KnowledgeDistillation`: it is computed, it trains, it leaves nothing behind"
+import pytest,torch
+from fastai.vision.all import *
+from fastkd.all import *
+from fastkd.test_utils import *
+from contextlib import nullcontext
+from copy import deepcopy
+for k in [k for k in globals() if k.startswith('test')]: del globals()[k]
+
+dls = digits_dls(64, bs=32)
+teacher = digits_teacher(epochs=2)
+
+def fit(*terms, n=1, cbs=None, learn=None, **kw):
+    learn,kd = ifnone(learn, digits_learner(dls)),KnowledgeDistillation(teacher, terms=terms, **kw)
+    with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-2, cbs=[kd,*L(cbs)])
+    return learn,kd
+
+maps,vectors,pyramid = '2','4',['0','1','2']
+cases = {**{k:maps for k in 'hint at attention nst ofd ab vid ft kta affinity ickd hidden wkd_feat rkd sp pkt cka skd_direction norm simkd'.split()},
+    **{k:vectors for k in 'pad srd cc nd'.split()}, 'reviewkd':pyramid, 'fsp':['0','1']}
+
+@pytest.mark.parametrize('nm', cases)
+def test_term(nm):
+    o = cases[nm]
+    learn,kd = fit(Term(nm, o, o, weight=.01))
+    assert fit_table(learn)[nm].notna().all() and np.isfinite(fit_table(learn)[nm]).all()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for l in (learn,teacher) for m in l.model.modules())
+    assert set(learn.model.state_dict())==set(tiny_cnn().state_dict())
+
+def test_every_layer_loss_is_a_case():
+    responses = {k for k in list_losses() if 'logits' in type(get_loss(k)).__module__}
+    # mgd needs a generator, catkd and dist_plus class maps, crd and sskd more than layers: each has its own test
+    assert set(list_losses())-responses-set(cases)=={'mgd','catkd','dist_plus','crd','sskd','aux_sskd'}
+
+def test_generator_and_bank():
+    learn,_ = fit(Term(MGDLoss(generator=mgd_generator(128)), maps, maps), Term(CRDLoss(k=32), vectors, vectors))
+    assert np.isfinite(fit_table(learn)[['mgd','crd']].values).all()
+
+class TestBank:
+    "CRD sees the items that are in the batch, whatever the order"
+    def test_index(self):
+        crd,seen = CRDLoss(k=16),[]
+        class Watch(Callback):
+            order,run_valid = 100,False
+            def before_batch(self): seen.append((self.dl.items_now.copy(), self.x.clone()))
+        fit(Term(crd, vectors, vectors), cbs=Watch())
+        x = torch.stack([dls.train_ds[i][0] for i in range(64)]).as_subclass(Tensor)
+        train = seen[:2]
+        assert sorted(np.concatenate([i for i,_ in train]))==list(range(64))
+        for i,b in train: assert torch.equal(b.as_subclass(Tensor), x[i])
+
+@pytest.mark.parametrize('terms', [(Term('at', '1', '1', weight=3.),), (Term('at', '1', '1', weight=3.), Term('rkd', '2', '2', weight=2.)), (Term('kd', weight=.5),)])
+def test_sum(terms):
+    "loss = w task + alpha kd + the weighted terms, on the batch at hand"
+    class Seen(Callback):
+        order,run_valid = 100,False
+        def after_loss(self):
+            if self.iter==0: self.seen = [o.detach().clone() for o in (self.x,self.y,self.loss)]
+    learn,seen = digits_learner(dls),Seen()
+    model = deepcopy(learn.model).train()
+    fit(*terms, learn=learn, cbs=seen, alpha=.3, T=2.)
+    x,y,loss = seen.seen
+    x,t = x.as_subclass(Tensor),teacher.model.eval()
+    taps = [o.student[0] for o in terms if o.layers]
+    with torch.no_grad(), (Taps(model, taps) if taps else nullcontext()) as a, (Taps(t, taps) if taps else nullcontext()) as b:
+        z,zt = model(x),t(x)
+        fs,ft = (a.take(),b.take()) if taps else ([],[])
+    want = .7*F.cross_entropy(z, y)+.3*kd_loss(z, zt, T=2.)
+    i = 0
+    for o in terms:
+        want += o.weight*(o.loss(fs[i], ft[i]) if o.layers else o.loss(z, zt))
+        i += o.layers
+    torch.testing.assert_close(loss.as_subclass(Tensor), want, rtol=1e-5, atol=1e-5)
+
+def test_adapter_learns():
+    learn,kd = fit(Term('hint', maps, maps))
+    before = {k:v.clone() for k,v in kd.terms.opt.modules.state_dict().items() if 'weight' in k}
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=kd)
+    after = kd.terms.opt.modules.state_dict()
+    assert all((after[k]!=v).any() for k,v in before.items())
+
+def test_lr_find_and_fine_tune_keep_adapters():
+    learn,kd = digits_learner(dls, splitter=lambda m: L([params(m[:2]), params(m[2:])])),KnowledgeDistillation(teacher, terms=[Term('hint', maps, maps)])
+    with learn.no_bar(), learn.no_logging():
+        learn.fine_tune(1, cbs=kd)
+        w = {k:v.clone() for k,v in kd.terms.opt.modules.state_dict().items()}
+        with learn.added_cbs(kd): learn.lr_find(show_plot=False, num_it=5)
+    for k,v in kd.terms.opt.modules.state_dict().items(): assert torch.equal(v, w[k]), k
+
+@pytest.mark.parametrize('mix', [MixUp,CutMix])
+def test_mixup(mix):
+    learn,_ = fit(Term('at', '1', '1'), Term('nd', vectors, vectors), cbs=mix())
+    assert np.isfinite(fit_table(learn)[['at','nd']].values).all()
+
+def test_accumulation_and_bf16():
+    learn = digits_learner(dls).to_bf16()
+    fit(Term('hint', maps, maps), learn=learn, cbs=GradientAccumulation(64))
+    assert np.isfinite(fit_table(learn)['hint']).all()
+
+class TestBadInput:
+    def refused(self, says, *terms, exc=ValueError, **kw):
+        learn = digits_learner(dls)
+        w = {k:v.clone() for k,v in learn.model.state_dict().items()}
+        with pytest.raises(exc) as e: fit(*terms, learn=learn, **kw)
+        for s in L(says): assert s in str(e.value), str(e.value)
+        for k,v in learn.model.state_dict().items(): assert torch.equal(v, w[k]), k
+        assert not any(m._forward_hooks for l in (learn,teacher) for m in l.model.modules())
+    def test_student_layer(self): self.refused(['the student has no layer','layer9'], Term('at', 'layer9', '1'))
+    def test_teacher_layer(self): self.refused(['the teacher has no layer','layer9'], Term('at', '1', 'layer9'))
+    def test_no_adapter(self): self.refused('no adapter joins', Term('simkd', vectors, vectors))
+    def test_never_broadcast(self): self.refused(['student','teacher'], Term('hint', '0', '0', adapter=None))
+    def test_unequal_lists(self):
+        with pytest.raises(ValueError, match='one to one'): Term('at', ['0','1'], ['1'])
+    def test_one_side(self):
+        with pytest.raises(ValueError, match='name a layer of both'): Term('at', '0')
+    def test_no_term(self):
+        with pytest.raises(TypeError, match='`terms` holds Terms'): KnowledgeDistillation(teacher, terms=['at'])
+    def test_stored(self, tmp_path):
+        store = precompute_targets(teacher, dls, tmp_path/'s', bar=noop)
+        learn = digits_learner(dls)
+        with learn.no_bar(), pytest.raises(ValueError, match='one live teacher'): learn.fit(1, cbs=KnowledgeDistillation(store, terms=[Term('at', '1', '1')]))
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=KnowledgeDistillation(store, terms=[Term('hard')]))
