@@ -189,6 +189,24 @@ class KnowledgeDistillation(Preflight, Callback):
         if not self._inside: self.teardown()
         self._inside = False
 
+    def save(self,
+        file # Path of the file, '.pth' if it has no suffix
+    )->Path:
+        "Write the terms' adapters, their optimizer and what their losses keep, beside the student that `learn.save` writes"
+        if not self.terms: raise ValueError("this callback has no terms, so there is nothing to save beside the student: `learn.save` has all")
+        sd = self.terms.state_dict()
+        file = self._file(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(sd, file)
+        return file
+    def load(self,
+        file # Path of the file that `save` wrote
+    ): # The callback itself
+        "Go on with what `save` wrote: now, or as soon as training has made the adapters"
+        self.terms.load_state_dict(torch.load(self._file(file), map_location='cpu', weights_only=True))
+        return self
+    def _file(self, file): return Path(file) if Path(file).suffix else Path(file).with_suffix('.pth')
+
     # -- the parts
     def _at(self, o): return o(self._learn.pct_train) if callable(o) else o
 

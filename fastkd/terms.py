@@ -59,7 +59,7 @@ class Terms:
     ):
         self.terms = [terms] if isinstance(terms, Term) else list(terms)
         if (bad:=first(o for o in self.terms if not isinstance(o, Term))) is not None: raise TypeError(f"`terms` holds Terms, such as `Term(ATLoss(), 'layer3', 'layer3')`, got {bad!r}")
-        self.names,self.adapters,self.opt,self._for = _unique([o.name for o in self.terms]),[],None,None
+        self.names,self.adapters,self.opt,self._for,self._waiting = _unique([o.name for o in self.terms]),[],None,None,None
     def __len__(self): return len(self.terms)
     @property
     def needs(self): return {k for o in self.terms for k in o.needs}
@@ -84,6 +84,7 @@ class Terms:
         if self._for is not learn.model: self._build(fs, ft)
         self._for,self._dl = learn.model,None
         self._try(learn, pred, t, fs, ft, yb)
+        if self._waiting is not None: self.load_state_dict(self._waiting)
 
     def _build(self, fs, ft):
         self.adapters,i,j = [],0,0
@@ -173,12 +174,17 @@ class Terms:
         return v
 
     # -- beside the student
-    def state_dict(self): return dict(adapters=None if self.opt is None else self.opt.state_dict(), names=self.names)
-    def load_state_dict(self, sd):
-        if sd.get('names')!=self.names: raise ValueError(f"this state is of the terms {sd.get('names')}, these are {self.names}")
-        if sd['adapters'] is None: return
-        if self.opt is None: raise ValueError("the adapters are made when training starts: load them after a first `fit`, or pass them to `fit` through `KnowledgeDistillation.load` before")
-        self.opt.load_state_dict(sd['adapters'])
+    def state_dict(self)->dict: # Plain tensors, lists and numbers
+        "Adapters, their optimizer, and what the losses keep"
+        if self.opt is None and self._waiting is None: raise ValueError("there is nothing to save yet: adapters are made when training starts")
+        return self._waiting if self.opt is None else dict(names=self.names, adapters=self.opt.state_dict())
+    def load_state_dict(self,
+        sd:dict # From `state_dict`
+    ):
+        "Continue from `sd`; adapters that are not made yet get their state when they are"
+        if not isinstance(sd, dict) or sd.get('names')!=self.names: raise ValueError(f"this state is of the terms {sd.get('names') if isinstance(sd, dict) else sd!r}, these are {self.names}")
+        self._waiting = sd if self.opt is None else None
+        if self.opt is not None: self.opt.load_state_dict(sd['adapters'])
 
 def _unique(names):
     seen = Counter()

@@ -120,3 +120,28 @@ class TestBadInput:
         learn = digits_learner(dls)
         with learn.no_bar(), pytest.raises(ValueError, match='one live teacher'): learn.fit(1, cbs=KnowledgeDistillation(store, terms=[Term('at', '1', '1')]))
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=KnowledgeDistillation(store, terms=[Term('hard')]))
+
+def test_resume(tmp_path):
+    "A fit that goes on from files ends where one in memory ends: student, adapter, optimizers and memory bank"
+    def make():
+        learn = digits_learner(digits_dls(150))
+        learn.path = tmp_path
+        return learn,KnowledgeDistillation(teacher, terms=[Term('hint', '2', '2'), Term(CRDLoss(k=16), '4', '4', weight=.1)])
+    def go_on(learn, kd):
+        set_seed(3); learn.dls.train.rng = random.Random(3)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=kd)
+        return {**learn.model.state_dict(), **{f'kd.{k}':v.clone() for k,v in kd.terms.opt.modules.state_dict().items()}}
+    learn,kd = make()
+    go_on(learn, kd)
+    learn.save('student')
+    assert kd.save(tmp_path/'models'/'student_kd').suffix=='.pth'
+    exp = go_on(learn, kd)
+    new,kd2 = make()
+    new.create_opt(); new.load('student')
+    kd2.load(tmp_path/'models'/'student_kd')
+    # a copy that was never used saves what it was given
+    assert kd2.terms.state_dict()['names']==['hint','crd']
+    got = go_on(new, kd2)
+    assert got.keys()==exp.keys() and any('bank_s' in k for k in got)
+    for k,v in got.items(): torch.testing.assert_close(v, exp[k], msg=k, equal_nan=True)
+    with pytest.raises(ValueError, match='of the terms'): KnowledgeDistillation(teacher, terms=Term('at', '1', '1')).load(tmp_path/'models'/'student_kd')
