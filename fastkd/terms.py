@@ -23,10 +23,20 @@ from .teacher import some_batches
 # %% ../nbs/35_terms.ipynb #53e25b57
 # what a method puts between the two layers, where it says so; the others need shapes to meet
 _adapters = dict(at='space', affinity='auto', fsp='auto', catkd='space', nst='space', sp='space', ab='ab', ofd='conv', ickd='conv', vid='vid', ft='ft', kta='ft', pad='pad', reviewkd='review',
-    srd='srd', simkd='simkd', crd='embed', cc='embed', nd='auto', **dict.fromkeys(('attention','norm','rkd','pkt','cka','skd_direction'), 'none'))
+    srd='srd', simkd='simkd', crd='embed', cc='embed', nd='auto', **dict.fromkeys(('sskd','attention','norm','rkd','pkt','cka','skd_direction'), 'none'))
 _with_logits = ('srd','dist_plus')
 
+def _rotated(xb, yb):
+    "A batch of SSKD: four rotations of each image, four times its label"
+    if len(xb)!=1 or len(yb)!=1: raise ValueError(f"SSKD rotates one image per item and needs one label, got {len(xb)} inputs and {len(yb)} targets")
+    return (rotate4(xb[0]),),(yb[0].repeat_interleave(4, 0),)
+
 def _listy(o): return isinstance(o, (list,tuple,L))
+
+def _at_most(n, *batch):
+    "A validation batch cut to the size of training: relations of triplets take memory in proportion to its cube"
+    if n is None or not all(isinstance(o, Tensor) for p in batch for o in p): return batch
+    return tuple(tuple(o[:n] for o in p) for p in batch)
 
 class Term:
     "One more thing to learn from the teacher: `loss` between layers of both models, or between their logits"
@@ -73,7 +83,10 @@ class Terms:
             if len(teacher.parts)!=1: raise ValueError(f"layers can be compared with those of one live teacher, got {teacher}: use a single model, without a store")
             self.ts = Taps(learn.model, sum((o.student for o in self.layers), []), who='the student')
             self.tt = Taps(teacher.parts[0].fn, sum((o.teacher for o in self.layers), []), detach=True, who='the teacher')
-        xb,yb = some_batches(learn, 1)[0]
+        xb,yb = _at_most(getattr(learn.dls.train, 'bs', None), *some_batches(learn, 1)[0])
+        if any(o.method=='sskd' for o in self.terms):
+            if not any(getattr(cb, 'rotates', False) for cb in learn.cbs): raise ValueError("SSKD compares rotated images: add the callback `Rotations()`, or train by `fit_sskd`")
+            xb,yb = _rotated(*[tuple(o[:8] for o in b) for b in (xb,yb)])
         with self.ts or nullcontext(), self.tt or nullcontext():
             pred,t = run_student(xb),getattr(teacher, 'peek', noop)(None)
             # a store answers for training items, of which only the shapes are asked here
@@ -157,6 +170,7 @@ class Terms:
                 if not o.lists: a,b = a[0],b[0]
                 if adapter is not None: a,b = adapter(a, b)
                 if o.method in _with_logits: a,b = (a,pred),(b,t)
+                if o.method=='sskd': a,b = (pred,a),(t,b)
             else: a,b = pred,t
             try: res.append(self._value(o, a, b, yb, index, mix))
             except (ValueError,TypeError) as e: raise type(e)(f"{o!r}: {e}") from e
@@ -165,6 +179,7 @@ class Terms:
     def _value(self, o, a, b, yb, index, mix):
         kw = {'index':index} if 'index' in o.needs else {}
         if 'targ' not in o.needs: v = o.loss(a, b, **kw)
+        elif o.method=='sskd': v = o.loss(a, b, targ=yb[0][::4])
         elif mix is None: v = o.loss(a, b, targ=yb[0] if len(yb)==1 else yb, **kw)
         else:
             # a mixed item has two labels: the loss is mixed as MixUp mixes the task's

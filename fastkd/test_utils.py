@@ -52,9 +52,11 @@ def digits_dls(
              'traits': (_traits, MultiCategoryBlock(encoded=True, vocab=['even','large','loop'])),
              'center': (_center, RegressionBlock(n_out=2)),
              'ink':    (partial(_img, size=size), TransformBlock(type_tfms=_Mask(), item_tfms=AddMaskCodes(['empty','light','dark'])))}[task]
-    db = DataBlock(blocks=(TransformBlock(dl_type=MemoryDL), blk), get_x=partial(_img, size=size), get_y=y,
+    # not as the source, whose text fastai writes out
+    items = [list(o) for o in zip(d.images, d.target)]
+    db = DataBlock(blocks=(TransformBlock(dl_type=MemoryDL), blk), get_items=lambda _: items, get_x=partial(_img, size=size), get_y=y,
         splitter=lambda _: (L(trn),L(val)), batch_tfms=batch_tfms)
-    return db.dataloaders([list(o) for o in zip(d.images, d.target)], bs=bs, val_bs=600, drop_last=False, num_workers=0)
+    return db.dataloaders('digits', bs=bs, val_bs=600, drop_last=False, num_workers=0)
 
 # %% ../nbs/01_test_utils.ipynb #2e9aafd3
 def tiny_cnn(
@@ -84,7 +86,7 @@ def digits_learner(
     **kwargs # Of `Learner`
 )->Learner:
     "A seeded `Learner` with a `tiny_cnn` that fits `dls`"
-    dls = ifnone(dls, digits_dls())
+    if dls is None: dls = digits_dls()
     dense = isinstance(dls.valid_ds[0][1], TensorMask)
     fits = {'BCEWithLogitsLoss':accuracy_multi, 'MSELoss':mae}
     if metrics is None: metrics = fits.get(type(dls.loss_func.func).__name__, foreground_acc if dense else accuracy)
