@@ -48,10 +48,10 @@ def reduce_loss(
     elif loss.ndim>1: loss = loss.flatten(1).mean(1)
     return loss.sum() if reduction=='sum' else loss
 
-# %% ../nbs/00_core.ipynb #d76935f9
-def _plain(x):
+# %% ../nbs/00_core.ipynb #0befccba
+def _plain(x, half=False):
     x = x.as_subclass(Tensor) if type(x) is not Tensor else x
-    return x.float() if x.dtype in (torch.float16,torch.bfloat16) else x
+    return x.float() if not half and x.dtype in (torch.float16,torch.bfloat16) else x
 
 def _shape(x): return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
 
@@ -86,14 +86,15 @@ def prep_logits(
     axis:int=1, # Class axis
     ignore_index:int|None=None, # Label of positions that do not count; None: all count
     need_targ:bool=False, # Are labels required?
-    min_c:int=1 # Fewest classes that make sense
+    min_c:int=1, # Fewest classes that make sense
+    half:bool=False # Leave half precision as it is? The loss then has to go to float32
 )->tuple: # Student and teacher `(n,c,...)`, labels, mask of positions that count (or None)
     "Check, detach the teacher, go to float32, move the class axis to 1"
     check_same(name, inp, teach)
     if inp.ndim<2: raise ValueError(f"`{name}` needs logits `(n,c)` or `(n,c,...)`, got {_shape(inp)}")
     if not inp.numel(): raise ValueError(f"`{name}` got nothing to compare: logits of shape {_shape(inp)}")
     if not -inp.ndim<=axis<inp.ndim or axis%inp.ndim==0: raise ValueError(f"`{name}`: `axis` must be that of the classes, 1 to {inp.ndim-1} or -1, of logits {_shape(inp)}, got {axis}")
-    s,t = _plain(inp),_plain(teach.detach())
+    s,t = _plain(inp, half),_plain(teach.detach(), half)
     if axis not in (1, 1-s.ndim): s,t = s.movedim(axis,1),t.movedim(axis,1)
     if s.shape[1]<min_c: raise ValueError(f"`{name}` needs at least {min_c} classes, got {s.shape[1]} on axis {axis} of {_shape(inp)}")
     mask = None

@@ -1,4 +1,5 @@
 from .sparse import *
+from .lean import *
 from .logits import *
 from .features import *
 from .projected import *

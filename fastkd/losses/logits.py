@@ -16,6 +16,7 @@ import math,torch,torch.nn.functional as F
 from torch import Tensor
 from ..core import *
 from .sparse import *
+from .lean import *
 
 # %% ../../nbs/10_losses.logits.ipynb #355fa355
 def _one_of(name, what, o, choices):
@@ -62,9 +63,8 @@ def kd_loss(
     if isinstance(teach, SparseTargets):
         if mode!='paper': raise ValueError(f"`kd_loss`: sparse rows are scaled as in the paper, got mode={mode!r}; use mode='paper', or store all logits (kind='dense')")
         return sparse_kd_loss(inp, teach, T, reduction, axis, ignore_index, targ)
-    s,t,_,mask = prep_logits('kd_loss', inp, teach, targ, axis, ignore_index)
-    loss = _kl(soft_log_probs(t,T), soft_log_probs(s,T))
-    return reduce_loss(loss*_kd_scale[mode](T, s.shape[1], s.shape[2:].numel()), reduction, mask)
+    s,t,_,mask = prep_logits('kd_loss', inp, teach, targ, axis, ignore_index, half=True)
+    return reduce_loss(soft_kl(s,t,T)*_kd_scale[mode](T, s.shape[1], s.shape[2:].numel()), reduction, mask)
 
 @register_loss('kd')
 class KDLoss(KDModule, func=kd_loss, squared_T=True):
