@@ -78,6 +78,9 @@ class Terms:
 
     def setup(self, learn, teacher, run_student):
         "Tap both models, make the adapters that their shapes need, and try each loss"
+        # a schedule that leaves its range is found now, not in the middle of training
+        for o in self.terms:
+            for pos in (.5,1.,0.) if callable(o.weight) else (): check_weight('weight', o.weight(pos))
         if not self.layers: self.ts = self.tt = None
         else:
             if len(teacher.parts)!=1: raise ValueError(f"layers can be compared with those of one live teacher, got {teacher}: use a single model, without a store")

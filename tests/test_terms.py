@@ -145,3 +145,46 @@ def test_resume(tmp_path):
     assert got.keys()==exp.keys() and any('bank_s' in k for k in got)
     for k,v in got.items(): torch.testing.assert_close(v, exp[k], msg=k, equal_nan=True)
     with pytest.raises(ValueError, match='of the terms'): KnowledgeDistillation(teacher, terms=Term('at', '1', '1')).load(tmp_path/'models'/'student_kd')
+
+class NoStep(Callback):
+    order = -50
+    def after_step(self): raise RuntimeError('a step was taken')
+
+class Skips(nn.Module):
+    "Runs its second block only when it trains"
+    def __init__(self): super().__init__(); self.net = tiny_cnn((4,4,16))
+    def forward(self, x):
+        x = self.net[0](x)
+        if self.training: x = self.net[1](x)
+        for m in self.net[2:]: x = m(x if m is not self.net[2] or x.shape[-1]==4 else F.avg_pool2d(x,2))
+        return x
+
+@pytest.mark.parametrize('term,msg', [
+    (lambda: Term(CRDLoss(n_items=50, k=16), vectors, vectors), "a bank of 50 items is too small for 64; build it with `n_items=64`"),
+    (lambda: Term('hint', '0:input', '0', adapter=None), r"student \(32, 1, 8, 8\) and teacher \(32, 32, 8, 8\) must have one shape"),
+    (lambda: Term('hint', '0', '1', adapter=None), r"student \(32, 4, 8, 8\) and teacher \(32, 64, 4, 4\) must have one shape"),
+    (lambda: Term('at', 99, '1'), "the student has no layer 99"),
+    (lambda: Term('at', '1', 'layer1'), "the teacher has no layer 'layer1'"),
+    (lambda: Term('at', nn.Linear(2,2), '1'), "this Linear is part of another model"),
+    (lambda: Term('vid', '4', '4'), "no adapter joins"),
+    (lambda: Term('mgd', '2', '2'), "needs a trained generator"),
+    (lambda: Term('catkd', '2', '2'), "must agree in items and channels"),
+    (lambda: Term('sskd', '4', '4'), "add the callback `Rotations"),
+    (lambda: Term('at', '1', '1', weight=lambda p: 1-2*p), "`weight` must be")])
+def test_refused_before_a_step(term, msg):
+    learn = digits_learner(dls)
+    was = {k:v.clone() for k,v in learn.model.state_dict().items()}
+    with pytest.raises(ValueError, match=msg): fit(term(), learn=learn, cbs=NoStep())
+    assert all(torch.equal(v, was[k]) for k,v in learn.model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in [*learn.model.modules(),*teacher.model.modules()])
+
+def test_layer_that_did_not_run():
+    with pytest.raises(ValueError, match="'net.1'.*(not|did)"): fit(Term('at', 'net.1', '1'), learn=Learner(dls, Skips(), metrics=accuracy), cbs=NoStep())
+
+def test_unlabelled():
+    "A loss that reads labels, on batches without"
+    db = DataBlock(blocks=TransformBlock, get_items=lambda _: [o[0].as_subclass(Tensor) for o in dls.train_ds], splitter=RandomSplitter(seed=0))
+    unlabelled = db.dataloaders('digits', bs=16)
+    unlabelled.n_inp = 1
+    learn = Learner(unlabelled, tiny_cnn(), loss_func=CrossEntropyLossFlat())
+    with pytest.raises(ValueError, match="nd.*needs labels, and these batches have none"): fit(Term('nd', '4', '4'), learn=learn, cbs=NoStep(), alpha=1.)
