@@ -16,12 +16,12 @@ from ..core import *
 def _what(x): return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
 
 def _plain(x):
-    x = x.as_subclass(Tensor)
+    x = x if type(x) is Tensor else x.as_subclass(Tensor)
     return x if x.dtype in (torch.float32,torch.float64) else x.float()
 
 def _unit(x):
     size = x.norm(dim=1, keepdim=True)
-    return x/size.where(size>1e-12, 1)
+    return x*(1/size.where(size>1e-12, 1))
 
 def _ints(name, what, o, n):
     if not isinstance(o, Tensor): raise ValueError(f"`{name}` needs `{what}`, integers {(n,)}, got {_what(o)}")

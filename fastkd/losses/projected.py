@@ -73,14 +73,16 @@ def pad_loss(
 @register_loss('pad')
 class PADLoss(KDModule, func=pad_loss): "`pad_loss` as a module"
 
-# %% ../../nbs/11a_losses.projected.ipynb #1066d4e8
+# %% ../../nbs/11a_losses.projected.ipynb #ed62604a
+def _sum_norm(x, p): return x.abs().sum(-1) if p==1 else _norm(x,-1,p)
+
 def _factors(name, fs, ft, p, q, mode, weights, reduction):
     _one_of(name, 'mode', mode, ('paper','torchdistill'))
     for k,v in (('p',p),('q',q)):
         if not v>=1: raise ValueError(f"`{name}`: `{k}` must be at least 1, got {v}")
     def f(s, t):
         d = _unit(s.flatten(1),1,q)-_unit(t.flatten(1),1,q)
-        return d.abs().mean(1) if p==1 and mode=='torchdistill' else _norm(d,1,p)
+        return d.abs().mean(1) if p==1 and mode=='torchdistill' else _sum_norm(d,p)
     return _layers(name, f, fs, ft, reduction, weights)
 
 def ft_loss(
@@ -120,7 +122,7 @@ def norm_loss(
     "Norm of a feature, as a regulariser (torchdistill's `RegularizationLoss`)"
     _one_of('norm_loss', 'mode', mode, ('item','torchdistill'))
     if not p>=1: raise ValueError(f"`norm_loss`: `p` must be at least 1, got {p}")
-    f = (lambda s,t: _norm(s.flatten(1),1,p)) if mode=='item' else (lambda s,t: _norm(s.flatten(),0,p).expand(len(s)))
+    f = (lambda s,t: _sum_norm(s.flatten(1),p)) if mode=='item' else (lambda s,t: _sum_norm(s.flatten(),p).expand(len(s)))
     return _layers('norm_loss', f, fs, fs, reduction, weights)
 
 @register_loss('norm')
@@ -267,7 +269,7 @@ def nd_loss(
     if targ.device.type=='cpu' and not (0<=targ.min() and targ.max()<len(centers)):
         raise ValueError(f"`nd_loss`: labels from {targ.min()} to {targ.max()}, but `centers` has {len(centers)} classes")
     size = torch.maximum(_norm(s),_norm(t))
-    return reduce_loss(1-(s*_unit(centers.detach().to(s))[targ]).sum(1)/size.masked_fill(size<1e-12, 1.), reduction)
+    return reduce_loss(1-(s*_unit(centers.detach().to(s)[targ])).sum(1)/size.masked_fill(size<1e-12, 1.), reduction)
 
 @register_loss('nd')
 class NDLoss(KDModule, func=nd_loss):

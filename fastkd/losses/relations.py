@@ -17,7 +17,7 @@ from ..core import *
 def _what(x): return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
 
 def _wide(x):
-    x = x.as_subclass(Tensor).flatten(1)
+    x = (x if type(x) is Tensor else x.as_subclass(Tensor)).flatten(1)
     return x if x.dtype in (torch.float32,torch.float64) else x.float()
 
 def _check(name, s, t, min_n):
@@ -34,17 +34,17 @@ def _relate(name, fs, ft, reduction, func, min_n=2, teach_grad=False):
     elif not all(lists) or len(fs)!=len(ft) or not fs:
         n = [f'{len(o)} layers' if l else _what(o) for o,l in zip((fs,ft),lists)]
         raise ValueError(f"`{name}` takes two tensors, or two lists of equal length, got student {n[0]} and teacher {n[1]}")
-    loss = 0
+    vs = []
     for s,t in zip(fs,ft):
         _check(name, s, t, min_n)
-        with no_autocast(s): loss = loss+func(_wide(s), _wide(t if teach_grad else t.detach()))
-    return reduce_loss(loss, reduction)
+        with no_autocast(s): vs.append(func(_wide(s), _wide(t if teach_grad else t.detach())))
+    return reduce_loss(sum(vs[1:], vs[0]), reduction)
 
 def _pick(name, what, o, choices):
     if o not in choices: raise ValueError(f"`{name}`: `{what}` must be one of {list(choices)}, got {o!r}.{nearest(str(o), choices)}")
     return o
 
-def _over(x, size, low=1e-12): return x/size.where(size>low, 1) # nothing to scale: leave it, so that the gradient stays small
+def _over(x, size, low=1e-12): return x*(1/size.where(size>low, 1)) # nothing to scale: leave it, so that the gradient stays small
 
 def _unit(x): return _over(x, x.norm(dim=1, keepdim=True))
 
@@ -163,8 +163,10 @@ class CCLoss(KDModule, func=cc_loss): "`cc_loss` as a module"
 
 # %% ../../nbs/12_losses.relations.ipynb #4c4f97c3
 def _centred(x, unbiased):
-    x = _over(x, x.abs().amax().detach(), 0)
-    x = x-x.mean(0)
+    lo,hi = x.detach().aminmax()
+    size = torch.maximum(hi, -lo)
+    inv = 1/size.where(size>torch.finfo(x.dtype).tiny, 1) # large values squared leave the range
+    x = torch.addcmul(-x.mean(0)*inv, x, inv)
     k,n = x@x.T,len(x)
     if not unbiased: return k
     k = k*(1-torch.eye(n, dtype=k.dtype, device=k.device))
@@ -202,10 +204,11 @@ def _rare_part(t):
     return (conf<=conf.quantile(.5)).to(t.dtype).mean()
 
 def _skd_direction(s, t, tikhonov, mode):
-    d = _unit(s)@_unit(s).T-_unit(t)@_unit(t).T
+    u,v = _unit(s),_unit(t)
+    d = u@u.T-v@v.T
     if mode=='code': d = d/s.shape[1]
     cov = torch.cov(d.T)+tikhonov*torch.eye(len(d), dtype=d.dtype, device=d.device)
-    loss = _root((d*torch.cholesky_solve(d.T, torch.linalg.cholesky(cov)).T).sum(1))
+    loss = _root((d*torch.linalg.solve(cov, d.T).T).sum(1))
     return loss if mode=='paper' else loss*_rare_part(t)
 
 def skd_direction_loss(
