@@ -1,4 +1,4 @@
-"""What makes a student's feature comparable with a teacher's, and how it is trained along
+"""What makes a student's feature comparable with a teacher's
 
 Docs: https://fastkd.github.io/fastkd/adapters.html.md"""
 
@@ -7,13 +7,10 @@ Docs: https://fastkd.github.io/fastkd/adapters.html.md"""
 # %% auto #0
 __all__ = ['Adapter', 'Adapters', 'same_size', 'LinearAdapter', 'ConvAdapter', 'GlobalPool', 'token_grid', 'ToMap', 'ToTokens',
            'make_adapter', 'VIDRegressor', 'Translator', 'Paraphraser', 'ABConnector', 'ABF', 'ReviewAdapter',
-           'SRDAdapter', 'EmbedAdapter', 'VarianceEstimator', 'SimKDProjector', 'AdapterOptim']
+           'SRDAdapter', 'EmbedAdapter', 'VarianceEstimator', 'SimKDProjector']
 
-# %% ../nbs/21_adapters.ipynb #c5160e5a
-import math,torch,torch.nn.functional as F,torch.distributed as dist
-from contextlib import contextmanager
-from copy import deepcopy
-from fastcore.foundation import L
+# %% ../nbs/21_adapters.ipynb #67c05a1f
+import math,torch,torch.nn.functional as F
 from .core import *
 from torch import nn,Tensor
 
@@ -351,114 +348,3 @@ def _pad(ss, ts):
 
 @_kind('simkd')
 def _simkd(ss, ts, **kw): return _maps(ss, ts, SimKDProjector, **kw)
-
-# %% ../nbs/21_adapters.ipynb #0289cd70
-def _state(o):
-    "Plain lists and dicts, so that it can be read back safely"
-    if isinstance(o, dict): return {k:_state(v) for k,v in o.items()}
-    if isinstance(o, (list,tuple,L)): return [_state(v) for v in o]
-    return o.detach().clone() if isinstance(o, Tensor) else o
-
-def _n_procs(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-class AdapterOptim:
-    "Trains adapters by an optimizer of their own, in step with a Learner's"
-    def __init__(self,
-        modules # Adapter, or several
-    ):
-        self.modules = modules if isinstance(modules, nn.Module) else nn.ModuleList(modules)
-        self.opt,self._waiting = None,None
-
-    @property
-    def params(self): return [p for p in self.modules.parameters() if p.requires_grad]
-
-    def build(self,
-        learn # Learner that trains the student
-    ):
-        "Go to the student's device, and make the optimizer if there is none"
-        from fastai.optimizer import Adam,OptimWrapper
-        if (p:=next(iter(learn.model.parameters()), None)) is not None: self.modules.to(p.device)
-        if any(type(cb).__name__=='NonNativeMixedPrecision' for cb in learn.cbs): raise ValueError("adapters cannot be trained under `NonNativeMixedPrecision`, which scales the gradients out of their sight: use `learn.to_fp16()` or `to_bf16()`")
-        if self.opt is not None or not self.params: return self
-        # an optimizer that is built already has the student's parameters inside
-        f = Adam if isinstance(learn.opt_func, OptimWrapper) else learn.opt_func
-        self.opt = f(L(self.params), lr=learn.lr)
-        if not learn.wd_bn_bias:
-            for p in self.params:
-                if p.ndim<2: self.opt.state[p]['do_wd'] = False
-        if self._waiting is not None: self._load(self._waiting)
-        self.broadcast()
-        return self
-
-    def step(self,
-        learn # Learner that has just stepped
-    ):
-        "One step with the hyper-parameters and the loss scale of `learn`; nothing where no adapter has a gradient"
-        if all(p.grad is None for p in self.params): return
-        if self.opt is None: self.build(learn)
-        # looked up in the instances, since both hand unknown names on to the model
-        scaler = vars(learn).get('scaler')
-        scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        if scaler is None or not any(vars(cb).get('skipped') for cb in learn.cbs):
-            self._sync()
-            self._follow(learn.opt)
-            (self.opt.step if scaler is None else lambda: scaler.step(self.opt))()
-        self.zero_grad()
-
-    def zero_grad(self):
-        "Forget the gradients; also after a step that was cancelled"
-        for p in self.params: p.grad = None
-
-    def _follow(self, opt):
-        theirs,mine = opt.hypers[-1],self.opt.hypers[0]
-        self.opt.set_hypers(**{k:float(theirs[k]) for k in ('lr','mom','sqr_mom','wd','eps') if k in mine and theirs.get(k) is not None})
-
-    def broadcast(self):
-        "Start all processes from the first one's weights"
-        if _n_procs()>1:
-            for o in self.modules.state_dict().values(): dist.broadcast(o, 0)
-
-    def _sync(self):
-        if (n:=_n_procs())<2: return
-        ps = self.params
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in ps])
-        dist.all_reduce(flat)
-        for p,g in zip(ps, (flat/n).split([p.numel() for p in ps])): p.grad = g.view_as(p)
-
-    def state_dict(self)->dict: # Plain tensors, lists and numbers
-        "Weights and optimizer, to continue later"
-        return dict(modules=_state(self.modules.state_dict()), opt=self._waiting if self.opt is None else _state(self.opt.state_dict()))
-
-    def load_state_dict(self,
-        sd:dict # From `state_dict`
-    ):
-        "Continue from `sd`; an optimizer that is not built yet gets its state when it is"
-        try: self.modules.load_state_dict(sd['modules'])
-        except (RuntimeError,KeyError,TypeError) as e: raise ValueError(f"this state does not belong to these adapters: {e}") from e
-        self._waiting = sd['opt']
-        if self.opt is not None and self._waiting is not None: self._load(self._waiting)
-        return self
-
-    def _load(self, sd):
-        sd = _state(sd)
-        if isinstance(sd['state'], list):
-            if len(sd['state'])!=len(self.params): raise ValueError(f"this optimizer state is of {len(sd['state'])} parameters, the adapters have {len(self.params)}")
-            sd['state'] = [{k:v.to(p.device) if isinstance(v, Tensor) else v for k,v in o.items()} for p,o in zip(self.params, sd['state'])]
-        self.opt.load_state_dict(sd)
-        self._waiting = None
-
-    @contextmanager
-    def preserved(self):
-        "Weights and optimizer come back as they were, as `lr_find` needs it"
-        sd,had = self.state_dict(),self.opt is not None
-        try: yield self
-        finally: self.restore(sd, had)
-
-    def restore(self,
-        sd:dict, # From `state_dict`
-        built:bool=True # Was there an optimizer?
-    ):
-        "Go back to `sd`"
-        if not built: self.opt = None
-        self.load_state_dict(sd)
-        self.zero_grad()

@@ -15,6 +15,7 @@ from fastai.callback.mixup import MixHandler
 from .core import *
 from .losses.all import *
 from .adapters import *
+from .adapter_optim import *
 from .preflight import check_weight
 from .taps import *
 from .targets.data import *

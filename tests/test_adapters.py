@@ -2,6 +2,7 @@
 from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision
 from fastkd.adapters import *
+from fastkd.adapter_optim import *
 from fastkd.taps import Taps
 from fastkd.test_utils import *
 from conftest import root
@@ -140,6 +141,7 @@ ddp = '''
     import sys,torch,torch.distributed as dist
     from fastai.vision.all import *
     from fastkd.adapters import *
+    from fastkd.adapter_optim import *
     from fastkd.test_utils import *
     rank,store = int(sys.argv[1]),sys.argv[2]
     dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
@@ -171,7 +173,7 @@ def test_two_processes(tmp_path):
     assert synced==0<alone
 
 def test_needs_no_fastai():
-    r = subprocess.run([sys.executable, '-c', "import sys,fastkd.adapters; print({'fastai','torchvision'}&set(sys.modules))"], env={**os.environ, 'PYTHONPATH':str(root)}, capture_output=True, text=True)
+    r = subprocess.run([sys.executable, '-c', "import sys,fastkd.adapters,fastkd.adapter_optim; print({'fastai','torchvision'}&set(sys.modules))"], env={**os.environ, 'PYTHONPATH':str(root)}, capture_output=True, text=True)
     assert r.stdout.strip()=='set()', r.stderr
 
 # -- against the published forms
