@@ -11,7 +11,6 @@ __all__ = ['Adapter', 'Adapters', 'same_size', 'LinearAdapter', 'ConvAdapter', '
 
 # %% ../nbs/21_adapters.ipynb #67c05a1f
 import math,torch,torch.nn.functional as F
-from .core import *
 from torch import nn,Tensor
 
 # %% ../nbs/21_adapters.ipynb #372a9d19
