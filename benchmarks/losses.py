@@ -5,7 +5,8 @@
     python benchmarks/losses.py --peer                # against torchdistill, if it is installed
     python benchmarks/losses.py --at                  # a training step with two attention terms, against a loop with the same hooks
 
-A sample is forward and backward to the student's feature, for 32 items of 512×7×7 and of 64×32×32. The plain forms below are vectorised torch without any care for dead
+A sample is forward and backward to the student's feature, for 32 items of 512×7×7 and of 64×32×32. The plain forms below are vectorised torch without any care for
+dead
 channels, equal items, half precision or wrong shapes; they give the same value, which is checked. `--at` runs a training step in three forms: `fastkd` with
 `KnowledgeDistillation` and two Terms, `fastai` with the same hooks, teacher and formula in a callback of 20 lines, and `bare`, a loop without fastai.
 
@@ -240,7 +241,8 @@ def row(part, name, size, times, names=('ours','plain')):
     r,lo,hi = ratio(times, 0, 1)
     m = np.median(times, 0)
     print(f"{part:6} {name:16} {size:14} {names[0]} {m[0]:9.3f} ms  {names[1]} {m[1]:9.3f} ms  ratio {r:.3f} ({lo:.3f}-{hi:.3f})", flush=True)
-    return dict(part=part, loss=name, size=size, form=names[0], against=names[1], ms=m[0].round(4), ms_against=m[1].round(4), ratio=round(r, 4), low=round(lo, 4), high=round(hi, 4), rounds=len(times))
+    return dict(part=part, loss=name, size=size, form=names[0], against=names[1], ms=m[0].round(4), ms_against=m[1].round(4),
+        ratio=round(r, 4), low=round(lo, 4), high=round(hi, 4), rounds=len(times))
 
 def against_plain(names, rounds, device, bs=32):
     res = []
@@ -274,14 +276,17 @@ def peers(td):
         at=(code, td.ATLoss(pair), one), ab=({}, td.AltActTransferLoss(pair, 1., 'mean'), one), ickd=(code, td.ChSimLoss(pair), one),
         fsp=(code, td.FSPLoss(flow), twice(lambda o: io(first=o[0], second=o[1]))), ft=(code, td.FTLoss(), factors), kta=(code, td.KTALoss(), factors),
         vid=({}, td.VIDLoss(pair), one), pad=({}, td.PADL2Loss('s','t'), lambda s,t: (io(s=s[0].flatten(1), var_estimator=s[1].flatten(1)),io(t=t.flatten(1)))),
-        reviewkd=({}, td.HierarchicalContextLoss('s','output','t','output'), lambda s,t: (io(s=(s,None)),io(t=t))), norm=(code, td.RegularizationLoss('s'), one),
+        reviewkd=({}, td.HierarchicalContextLoss('s','output','t','output'), lambda s,t: (io(s=(s,None)),io(t=t))),
+        norm=(code, td.RegularizationLoss('s'), one),
         dist_plus=(code, td.DISTPlusLoss(**four), twice(lambda o: io(feature=o[0], logit=o[1]))), affinity=(code, td.AffinityLoss('s','t'), one),
         rkd=({}, td.RKDLoss('s','t',1.,2.,'mean'), one), sp=(code, td.SPKDLoss('s','t','batchmean'), one),
-        pkt=(code, td.PKTLoss('s','output','t','output'), lambda s,t: one(s.flatten(1), t.flatten(1))), skd_direction=({}, td.SKDDirectionLoss('s','output','t','output',.1,'paper'), one))
+        pkt=(code, td.PKTLoss('s','output','t','output'), lambda s,t: one(s.flatten(1), t.flatten(1))),
+        skd_direction=({}, td.SKDDirectionLoss('s','output','t','output',.1,'paper'), one))
 
 def against_peer(names, rounds, device, bs=32):
     try: from torchdistill.losses import mid_level as td
-    except ImportError: raise SystemExit("torchdistill is not installed, so there is nothing to compare with: `pip install torchdistill==1.1.5`, or leave `--peer` out")
+    except ImportError: raise SystemExit(
+        "torchdistill is not installed, so there is nothing to compare with: `pip install torchdistill==1.1.5`, or leave `--peer` out")
     res,ps,who = [],peers(td),('ours','torchdistill')
     for name in names:
         # its loop over channels takes 20 GB at 64x32x32
@@ -291,7 +296,8 @@ def against_peer(names, rounds, device, bs=32):
             torch.testing.assert_close(*[both(f, s, t)[0].flatten() for f in forms], rtol=2e-3, atol=1e-5, msg=lambda m: f'{name}: {m}')
             res.append(row('peer', name, size, race([partial(both, f, s, t) for f in forms], device, rounds), who))
     if 'crd' in names:
-        res.append(row('peer', 'crd: new bank', '200k items', race([lambda: CRDLoss(n_items), lambda: td.CRDLoss('s','e','t',128,n_items,16384,n_items)], device, rounds), who))
+        res.append(row('peer', 'crd: new bank', '200k items', race([lambda: CRDLoss(n_items),
+            lambda: td.CRDLoss('s','e','t',128,n_items,16384,n_items)], device, rounds), who))
         l,_,s,t,kw = case('crd', 1, 1, 1, bs, device)
         o = td.CRDLoss('s','e','t',128,n_classes,l.k,n_classes).to(device)
         o.memory_v1,o.memory_v2,o.num_samples,neg = l.bank_s.clone(),l.bank_t.clone(),n_items,l.negatives(kw['index'], kw['targ'])

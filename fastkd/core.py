@@ -11,6 +11,7 @@ __all__ = ['check_T', 'soft_log_probs', 'reduce_loss', 'check_same', 'check_targ
 
 # %% ../nbs/00_core.ipynb #ce73f1c7
 import difflib,inspect
+from contextlib import nullcontext
 from numbers import Real
 import torch,torch.nn.functional as F
 from torch import nn,Tensor
@@ -44,7 +45,7 @@ def reduce_loss(
         loss = torch.where(mask, loss, 0)
         if reduction=='mean': return loss.sum()/mask.sum().clamp(min=1)
         if loss.ndim>1: loss = loss.flatten(1).sum(1)/mask.flatten(1).sum(1).clamp(min=1)
-    elif reduction=='mean': return loss.mean()
+    elif reduction=='mean': return loss.mean() if loss.ndim else loss
     elif loss.ndim>1: loss = loss.flatten(1).mean(1)
     return loss.sum() if reduction=='sum' else loss
 
@@ -113,7 +114,8 @@ def no_autocast(
     x:Tensor # Tells the device
 ): # Context manager
     "Matrix products stay in the precision of their inputs inside this context"
-    return torch.autocast(x.device.type, enabled=False)
+    # entering it costs as much as a small loss
+    return torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext()
 
 # %% ../nbs/00_core.ipynb #daae9ced
 _data = ('inp','teach','targ','fs','ft')
