@@ -6,8 +6,7 @@
     python benchmarks/losses.py --at                  # a training step with two attention terms, against a loop with the same hooks
 
 A sample is forward and backward to the student's feature, for 32 items of 512×7×7 and of 64×32×32. The plain forms below are vectorised torch without any care for
-dead
-channels, equal items, half precision or wrong shapes; they give the same value, which is checked. `--at` runs a training step in three forms: `fastkd` with
+dead channels, equal items, half precision or wrong shapes; they give the same value, which is checked. `--at` runs a training step in three forms: `fastkd` with
 `KnowledgeDistillation` and two Terms, `fastai` with the same hooks, teacher and formula in a callback of 20 lines, and `bare`, a loop without fastai.
 
 One thread, CPU time of this process (on a GPU, wall time), forms in random order, medians; brackets are 95% bootstrap intervals of the ratio over rounds."""
