@@ -166,6 +166,9 @@ def _check(o, ss, ts):
 
 def _build(kind, ss, ts, kwargs):
     if _kinds[kind].lists: raise ValueError(f"kind {kind!r} takes lists of layers, got one pair: {tuple(ss)} and {tuple(ts)}")
+    last = [len(o)==4 and o[1]==o[2]!=o[3] for o in (ss,ts)]
+    if kind!='none' and any(last) and all(l or len(o)!=4 or o[2]==o[3] for l,o in zip(last, (ss,ts))):
+        _fail(ss, ts, "channels seem to come last", "bring them first: `Adapter(before=(torchvision.ops.Permute([0,3,1,2]),None), student=ConvAdapter(ni,nf), resize=True)`; maps that are of this shape: the same without `before`")
     return _kinds[kind](_check(ss, ss, ts), _check(ts, ss, ts), **kwargs)
 
 # %% ../nbs/21_adapters.ipynb #3c70ebb9

@@ -203,7 +203,9 @@ class KnowledgeDistillation(Preflight, Callback):
         file # Path of the file that `save` wrote
     ): # The callback itself
         "Go on with what `save` wrote: now, or as soon as training has made the adapters"
-        self.terms.load_state_dict(torch.load(self._file(file), map_location='cpu', weights_only=True))
+        try: sd = torch.load(self._file(file), map_location='cpu', weights_only=True)
+        except pickle.UnpicklingError as e: raise ValueError(f"{self._file(file)} was not written by `KnowledgeDistillation.save`; what `learn.save` wrote is for `learn.load`") from e
+        self.terms.load_state_dict(sd)
         return self
     def _file(self, file): return Path(file) if Path(file).suffix else Path(file).with_suffix('.pth')
 
@@ -288,11 +290,11 @@ class KnowledgeDistillation(Preflight, Callback):
         self._ready = True
         if self._checked is not learn.dls: self._preflight()
         self._checked = learn.dls
-        if self.terms: self.terms.setup(learn, self._teacher, self._look)
+        if self.terms: self.terms.setup(learn, self._teacher, lambda xb: None if (p:=self._look(xb)) is None else self._pred(p))
 
     # -- copies: an export holds a plain `Callback`, so it loads without this library and without the teacher
     def __reduce_ex__(self, protocol): return Callback,()
     def __deepcopy__(self, memo):
         res = object.__new__(type(self))
-        res.__dict__.update({**self.__dict__, '_learn':memo.get(id(self._learn)), '_cols':(), '_ready':False, '_means':defaultdict(_Mean)})
+        res.__dict__.update({**self.__dict__, '_learn':memo.get(id(self._learn)), '_cols':(), '_ready':False, '_means':defaultdict(_Mean), 'terms':deepcopy(self.terms, memo)})
         return res

@@ -10,6 +10,7 @@ __all__ = ['Term', 'Terms']
 # %% ../nbs/35_terms.ipynb #e2ddceb8
 import torch
 from contextlib import nullcontext
+from copy import copy,deepcopy
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler
 from .core import *
@@ -26,6 +27,8 @@ from .teacher import some_batches
 _adapters = dict(at='space', affinity='auto', fsp='auto', catkd='space', nst='space', sp='space', ab='ab', ofd='conv', ickd='conv', vid='vid', ft='ft', kta='ft', pad='pad', reviewkd='review',
     srd='srd', simkd='simkd', crd='embed', cc='embed', nd='auto', **dict.fromkeys(('sskd','attention','norm','rkd','pkt','cka','skd_direction'), 'none'))
 _with_logits = ('srd','dist_plus')
+# a batch of one item has no relations, and no variance
+_many = ('rkd','sp','pkt','cc','cka','skd_direction','srd','pad')
 
 def _rotated(xb, yb):
     "A batch of SSKD: four rotations of each image, four times its label"
@@ -46,7 +49,7 @@ class Term:
         student=None, # Layer of the student: path, module, index, or a list of these; None: its logits
         teacher=None, # Layer of the teacher, or as many; None: its logits
         weight=1., # Number of at least 0, or a schedule
-        adapter='auto', # Kind of `make_adapter`, a module for the student's side, an `Adapter`, or None; 'auto': what the method asks for, or the shapes need
+        adapter='auto', # Kind of `make_adapter`, a module for the student's side, an `Adapter`, a list of these for lists of layers, or None; 'auto': what the method asks for, or the shapes need
         name:str|None=None # Of its column in the training table; None: that of the loss
     ):
         self.loss = get_loss(loss)
@@ -55,11 +58,18 @@ class Term:
         if not callable(weight): check_weight('weight', weight)
         self.lists,self.layers = _listy(student),student is not None
         self.student,self.teacher = [list(o) if self.lists else [o] if self.layers else [] for o in (student,teacher)]
-        if len(self.student)!=len(self.teacher) and getattr(self.loss, 'layers', None) is None: raise ValueError(f"a Term pairs layers one to one: got {len(self.student)} of the student and {len(self.teacher)} of the teacher")
-        if self.lists and not self.student: raise ValueError("a Term needs at least one pair of layers, got empty lists")
         self.method = loss_name(self.loss)
+        if self.method=='hidden' and len(self.teacher)>len(self.student): self._choose()
+        if len(self.student)!=len(self.teacher): raise ValueError(f"a Term pairs layers one to one: got {len(self.student)} of the student and {len(self.teacher)} of the teacher")
+        if self.lists and not self.student: raise ValueError("a Term needs at least one pair of layers, got empty lists")
         self.weight,self.adapter,self.name = weight,adapter,ifnone(name, self.method or type(self.loss).__name__.lower())
         self.needs = loss_needs(self.loss)
+    def _choose(self):
+        "The teacher's layers that `hidden` compares, chosen before adapters are made"
+        layers = ifnone(self.loss.layers, range(-len(self.student),0))
+        if all(-len(self.teacher)<=i<len(self.teacher) for i in layers): self.teacher = [self.teacher[i] for i in layers]
+        self.loss = copy(self.loss)
+        self.loss.layers = None
     def __repr__(self): return f"Term({self.name}: {self.student or 'logits'} <- {self.teacher or 'logits'}, weight {self.weight})"
 
 # %% ../nbs/35_terms.ipynb #74c7b76a
@@ -70,7 +80,8 @@ class Terms:
     ):
         self.terms = [terms] if isinstance(terms, Term) else list(terms)
         if (bad:=first(o for o in self.terms if not isinstance(o, Term))) is not None: raise TypeError(f"`terms` holds Terms, such as `Term(ATLoss(), 'layer3', 'layer3')`, got {bad!r}")
-        self.names,self.adapters,self.opt,self._for,self._waiting = _unique([o.name for o in self.terms]),[],None,None,None
+        self.names,self.adapters,self.opt = _unique([o.name for o in self.terms]),[],None
+        self._for = self._data = self._waiting = None
     def __len__(self): return len(self.terms)
     @property
     def needs(self): return {k for o in self.terms for k in o.needs}
@@ -79,12 +90,10 @@ class Terms:
 
     def setup(self, learn, teacher, run_student):
         "Tap both models, make the adapters that their shapes need, and try each loss"
-        # a schedule that leaves its range is found now, not in the middle of training
-        for o in self.terms:
-            for pos in (.5,1.,0.) if callable(o.weight) else (): check_weight('weight', o.weight(pos))
+        self._check(learn)
         if not self.layers: self.ts = self.tt = None
         else:
-            if len(teacher.parts)!=1: raise ValueError(f"layers can be compared with those of one live teacher, got {teacher}: use a single model, without a store")
+            if len(teacher.parts)!=1 or hasattr(teacher, 'peek'): raise ValueError(f"layers can be compared with those of one live teacher, which runs in every step, got {teacher}: use a single model, without a store or `cache`")
             self.ts = Taps(learn.model, sum((o.student for o in self.layers), []), who='the student')
             self.tt = Taps(teacher.parts[0].fn, sum((o.teacher for o in self.layers), []), detach=True, who='the teacher')
         xb,yb = _at_most(getattr(learn.dls.train, 'bs', None), *some_batches(learn, 1)[0])
@@ -98,26 +107,53 @@ class Terms:
             else: t = getattr(teacher, 'live', teacher)(*xb)
             if pred is None: raise ValueError("the student cannot run on a validation batch as it comes, so the shapes of its layers cannot be found")
             fs,ft = self.take()
-        if self._for is not learn.model: self._build(fs, ft)
-        self._for,self._dl = learn.model,None
+        model,data = unwrap_model(learn.model),getattr(learn.dls, 'train_ds', None)
+        # what a loss keeps for each item is of one student and one training set
+        if self._for is not None and (self._for is not model or self._data is not data):
+            for o in self.terms: getattr(o.loss, 'reset', noop)()
+        if self._for is not model: self._build(fs, ft)
+        self._for,self._data,self._dl = model,data,None
         self._try(learn, pred, t, fs, ft, yb)
         if self._waiting is not None: self.load_state_dict(self._waiting)
 
+    def _check(self, learn):
+        "What would otherwise be found in the middle of training, or never"
+        taken = {'epoch','train_loss','valid_loss','time','task_loss','kd_loss','kd_alpha','kd_T',*L(learn.metrics).attrgot('name')}
+        if bad:=[n for n in self.names if n in taken]: raise ValueError(f"a column of the training table is named {bad[0]!r} already: give the Term another `name`")
+        mixed = any(isinstance(cb, MixHandler) for cb in learn.cbs)
+        dl = learn.dls.train
+        n,bs = getattr(dl, 'n', None),getattr(dl, 'bs', None)
+        alone = n and bs and not getattr(dl, 'drop_last', False) and (n%bs or bs)==1
+        for o in self.terms:
+            for pos in (.5,1.,0.) if callable(o.weight) else (): check_weight('weight', o.weight(pos))
+            if mixed and {'index','targ'}<=set(o.needs): raise ValueError(f"{o!r} tells the classes of single items apart, which MixUp and CutMix mix: leave them out, or use no classes (`CRDLoss(by_class=False)`)")
+            if alone and o.method in _many: raise ValueError(f"{o!r} needs at least 2 items in a batch, and the last one of {n} items would hold 1: another `bs` than {bs}, or `drop_last=True`")
+
     def _build(self, fs, ft):
         self.adapters,i,j = [],0,0
-        for o in self.terms:
-            if not o.layers: self.adapters.append(None); continue
-            ss,ts = [tuple(f.shape) for f in fs[i:i+len(o.student)]],[tuple(f.shape) for f in ft[j:j+len(o.teacher)]]
-            i,j = i+len(o.student),j+len(o.teacher)
-            self.adapters.append(self._adapter(o, ss if o.lists else ss[0], ts if o.lists else ts[0]))
-            # the teacher's side of these is trained, too
-            if o.adapter=='auto' and _adapters.get(o.method)=='embed': o.loss.teach_grad = True
+        with torch.random.fork_rng(devices=[]):
+            for o in self.terms:
+                if not o.layers: self.adapters.append(None); continue
+                ss,ts = [tuple(f.shape) for f in fs[i:i+len(o.student)]],[tuple(f.shape) for f in ft[j:j+len(o.teacher)]]
+                i,j = i+len(o.student),j+len(o.teacher)
+                self.adapters.append(self._adapter(o, ss if o.lists else ss[0], ts if o.lists else ts[0]))
+                # the next one starts from other weights
+                torch.rand(1)
+                # the teacher's side of these is trained, too
+                if o.adapter=='auto' and _adapters.get(o.method)=='embed': o.loss.teach_grad = True
         mods = [m for m in (*self.adapters,*(o.loss for o in self.terms)) if isinstance(m, nn.Module)]
         self.opt = AdapterOptim(mods)
 
     def _adapter(self, o, ss, ts):
-        if o.adapter is None or (o.adapter=='auto' and len(o.student)!=len(o.teacher)): return None
-        if isinstance(o.adapter, nn.Module): return o.adapter if isinstance(o.adapter, (Adapter,Adapters)) else Adapter(student=o.adapter)
+        if o.adapter is None: return None
+        as_one = lambda m: m if isinstance(m, Adapter) else Adapter(student=m)
+        if isinstance(o.adapter, Adapters): return o.adapter
+        if _listy(o.adapter):
+            if not o.lists or len(o.adapter)!=len(o.student): raise ValueError(f"{o!r}: got {len(o.adapter)} adapters; pass one per pair of layers")
+            return Adapters(map(as_one, o.adapter))
+        if isinstance(o.adapter, nn.Module):
+            if o.lists and not isinstance(o.adapter, Adapter): raise ValueError(f"{o!r}: one module cannot adapt a list of layers; pass a list of modules, one per pair")
+            return as_one(o.adapter)
         try: return make_adapter(ss, ts, _adapters.get(o.method, 'auto') if o.adapter=='auto' else o.adapter)
         except ValueError as e: raise ValueError(f"{o!r}: {e}") from e
 
@@ -132,7 +168,9 @@ class Terms:
         modes = [(m,m.training) for m in mods]
         for m in mods: m.eval()
         try:
-            with torch.no_grad(): self(pred, t, fs, ft, yb, torch.arange(n, device=dev)%len(learn.dls.train_ds))
+            with torch.no_grad(): vs = self(pred, t, fs, ft, yb, torch.arange(n, device=dev)%len(learn.dls.train_ds) if 'index' in self.needs else None)
+            for o,v in zip(self.terms, vs):
+                if not torch.isfinite(v): raise ValueError(f"{o!r} is {v.item():g} for the first validation batch: look at what its layers return, and at the precision of the models")
         finally:
             for m,mode in modes: m.training = mode
 
@@ -155,7 +193,9 @@ class Terms:
         "Values of the terms, and their weighted sum"
         index = tensor(learn.dl.items_now).to(pred.device) if 'index' in self.needs else None
         vs = self(pred, t, *self.take(), learn.yb, index, mix)
-        return vs,sum(v*(check_weight('weight', o.weight(learn.pct_train)) if callable(o.weight) else o.weight) for v,o in zip(vs, self.terms))
+        ws = [check_weight('weight', o.weight(learn.pct_train)) if callable(o.weight) else o.weight for o in self.terms]
+        # a term that is off has no say, whatever its value
+        return vs,sum(v*w for v,w in zip(vs, ws) if w)
     def step(self, learn):
         if self.opt is not None: self.opt.step(learn)
     def zero_grad(self):
@@ -171,8 +211,9 @@ class Terms:
             a,b = fs[i:i+len(o.student)],ft[j:j+len(o.teacher)]
             i,j = i+len(o.student),j+len(o.teacher)
             if o.layers:
+                a,b = [[_full(f) for f in p] for p in (a,b)]
                 if not o.lists: a,b = a[0],b[0]
-                if adapter is not None: a,b = adapter(a, b)
+                if adapter is not None: a,b = _adapt(o, adapter, a, b)
                 if o.method in _with_logits: a,b = (a,pred),(b,t)
                 if o.method=='sskd': a,b = (pred,a),(t,b)
             else: a,b = pred,t
@@ -182,12 +223,14 @@ class Terms:
 
     def _value(self, o, a, b, yb, index, mix):
         kw = {'index':index} if 'index' in o.needs else {}
+        if isinstance(o.loss, nn.modules.loss._Loss) and a.shape!=b.shape: raise ValueError(f"student {tuple(a.shape)} and teacher {tuple(b.shape)} must have one shape; `adapter='auto'` joins them")
+        yb = tuple(_column(y) for y in yb)
         if 'targ' not in o.needs: v = o.loss(a, b, **kw)
         elif o.method=='sskd': v = o.loss(a, b, targ=yb[0][::4])
         elif mix is None: v = o.loss(a, b, targ=yb[0] if len(yb)==1 else yb, **kw)
         else:
             # a mixed item has two labels: the loss is mixed as MixUp mixes the task's
-            with NoneReduce(o.loss) as f: v0,v1 = [f(a, b, targ=y, **kw) for y in (mix.yb1[0],yb[0])]
+            with NoneReduce(o.loss) as f: v0,v1 = [f(a, b, targ=y, **kw) for y in (_column(mix.yb1[0]),yb[0])]
             v = torch.lerp(v0, v1, mix.lam.float()).mean()
         if v.ndim: raise ValueError(f"the loss must return one number, got {tuple(v.shape)}; use `reduction='mean'`")
         return v
@@ -202,9 +245,31 @@ class Terms:
     ):
         "Continue from `sd`; adapters that are not made yet get their state when they are"
         if not isinstance(sd, dict) or sd.get('names')!=self.names: raise ValueError(f"this state is of the terms {sd.get('names') if isinstance(sd, dict) else sd!r}, these are {self.names}")
-        self._waiting = sd if self.opt is None else None
-        if self.opt is not None: self.opt.load_state_dict(sd['adapters'])
+        if self.opt is None: self._waiting = sd
+        else:
+            self.opt.load_state_dict(sd['adapters'])
+            self._waiting = None
+    def __deepcopy__(self, memo):
+        res = Terms(deepcopy(self.terms, memo))
+        if self.opt is not None or self._waiting is not None: res._waiting = self.state_dict()
+        return res
 
 def _unique(names):
-    seen = Counter()
-    return [n if not (seen.update([n]) or seen[n]>1) else f'{n}_{seen[n]}' for n in names]
+    res = []
+    for n in names: res.append(n if n not in res else next(o for i in itertools.count(2) if (o:=f'{n}_{i}') not in res+list(names)))
+    return res
+
+def _full(f):
+    "A feature of a model in half precision, for adapters that are not"
+    return f.float() if f.dtype in (torch.float16,torch.bfloat16) and not torch.is_autocast_enabled(f.device.type) else f
+
+def _column(y):
+    "Labels of a table are a column, which fastai's losses flatten"
+    return y.squeeze(1) if isinstance(y, Tensor) and y.ndim==2 and y.shape[1]==1 and not y.is_floating_point() else y
+
+def _shapes(f): return [tuple(o.shape) for o in f] if _listy(f) else tuple(f.shape)
+
+def _adapt(o, adapter, a, b):
+    try: return adapter(a, b)
+    except torch.cuda.OutOfMemoryError: raise
+    except (RuntimeError,TypeError,ValueError) as e: raise ValueError(f"{o!r}: its adapter cannot take student {_shapes(a)} and teacher {_shapes(b)}: {e}") from e

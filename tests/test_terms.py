@@ -188,3 +188,131 @@ def test_unlabelled():
     unlabelled.n_inp = 1
     learn = Learner(unlabelled, tiny_cnn(), loss_func=CrossEntropyLossFlat())
     with pytest.raises(ValueError, match="nd.*needs labels, and these batches have none"): fit(Term('nd', '4', '4'), learn=learn, cbs=NoStep(), alpha=1.)
+
+class TestReview:
+    "What a hostile review found"
+    def refused(self, msg, terms, learn=None, **kw):
+        learn = ifnone(learn, digits_learner(dls))
+        was = {k:v.clone() for k,v in learn.model.state_dict().items()}
+        with pytest.raises(ValueError, match=msg), learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=[KnowledgeDistillation(kw.pop('teacher', teacher), terms=terms, **kw),NoStep()])
+        assert all(torch.equal(v, was[k]) for k,v in learn.model.state_dict().items())
+
+    def test_cache(self, tmp_path): self.refused('without a store or `cache`', Term('hint', '1', '1'), cache=tmp_path/'c')
+
+    def test_tuple(self):
+        "Terms on logits see the part of the prediction that is distilled"
+        class Two(nn.Module):
+            def forward(self, z): return z,z*2
+        learn = Learner(dls, nn.Sequential(tiny_cnn(), Two()), loss_func=lambda p,y: F.cross_entropy(p[0], y))
+        learn,_ = fit(Term('dist'), Term('srd', '0.4', '4', weight=.01), learn=learn, loss='kd', pred_kd=1)
+        assert np.isfinite(fit_table(learn)[['dist','srd']].values).all()
+
+    def test_column_of_labels(self):
+        "Labels of a table, `(n,1)`, as the response loss takes them"
+        xs,ys = dls.train_ds.tls[0],torch.tensor([int(o[1]) for o in dls.train_ds])
+        x = torch.stack([o[0].as_subclass(Tensor) for o in dls.train_ds])
+        tables = DataLoaders(*[DataLoader(list(zip(x, y)), bs=32) for y in (ys[:,None],ys[:,None])])
+        tables.c = 10
+        vals = []
+        for d in (dls,tables):
+            learn = Learner(d, digits_learner(dls).model, loss_func=CrossEntropyLossFlat(), opt_func=SGD)
+            d.train.shuffle = False
+            learn,_ = fit(Term('dkd'), learn=learn, alpha=0., start=0.)
+            vals.append(fit_table(learn)['dkd'].item())
+            d.train.shuffle = d is dls
+        assert abs(vals[0]-vals[1])<1e-4
+
+    def test_bank_and_mixup(self):
+        self.refused('MixUp', Term('crd', vectors, vectors), learn=digits_learner(dls, cbs=MixUp()))
+        fit(Term(CRDLoss(k=16, by_class=False), vectors, vectors), learn=digits_learner(dls, cbs=MixUp()))
+
+    def test_half_teacher(self):
+        for nm in ('crd','cc','ft','hint'):
+            learn,kd = digits_learner(dls),KnowledgeDistillation(Teacher(teacher, dtype=torch.bfloat16), terms=Term(CRDLoss(k=16) if nm=='crd' else nm, maps, maps, weight=.01))
+            with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=kd)
+            assert np.isfinite(fit_table(learn)[nm]).all()
+
+    def test_wrapped_again(self):
+        "Adapters are of the module, not of what wraps it"
+        learn,kd = fit(Term('hint', '1', '1'))
+        opt,m = kd.terms.opt,learn.model
+        learn.model = nn.DataParallel(m)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=kd)
+        assert kd.terms.opt is opt
+
+    def test_copy(self):
+        learn = digits_learner(dls)
+        kd = KnowledgeDistillation(teacher, terms=Term('hint', '1', '1'))
+        learn.add_cb(kd)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+        opt,w = kd.terms.opt,[p.detach().clone() for p in kd.terms.opt.params]
+        other = deepcopy(learn)
+        with other.no_bar(), other.no_logging(): other.fit(1, 0.)
+        theirs = first(other.cbs, lambda o: isinstance(o, KnowledgeDistillation)).terms
+        assert kd.terms.opt is opt and theirs.opt is not opt
+        for a,b,c in zip(w, opt.params, theirs.opt.params):
+            assert torch.equal(a, b) and b is not c
+            torch.testing.assert_close(a, c)
+
+    @pytest.mark.parametrize('nm', ['srd','pad','rkd','sp','pkt','cc','cka','skd_direction'])
+    def test_last_batch_of_one(self, nm): self.refused('the last one of 33 items would hold 1', Term(nm, vectors, vectors), learn=digits_learner(digits_dls(33, bs=32)))
+
+    def test_adapters(self):
+        self.refused(r"Term\(hint.*its adapter cannot take student \(32, 4, 8, 8\) and teacher \(32, 64, 4, 4\)", Term('hint', '0', '1', adapter=nn.Conv2d(3,8,1)))
+        self.refused('one module cannot adapt a list', Term('hint', ['0','1'], ['0','1'], adapter=nn.Conv2d(4,8,1)))
+        self.refused('got 1 adapters; pass one per pair', Term('hint', ['0','1'], ['0','1'], adapter=[nn.Conv2d(4,32,1)]))
+        learn,kd = fit(Term('hint', ['0','1'], ['0','1'], adapter=[nn.Conv2d(4,32,1),nn.Conv2d(8,64,1)]))
+        assert len(kd.terms.adapters[0])==2 and np.isfinite(fit_table(learn).hint).all()
+
+    def test_not_finite(self):
+        self.refused('is inf for the first validation batch', Term(lambda a,b: (a-b).pow(2).sum()*float('inf'), '0', '0', name='wild'))
+
+    def test_off_is_off(self):
+        "A weight of 0 leaves the student what it is without the term, even where the value is not finite"
+        res,n = [],itertools.count()
+        def late(a, b): return (a-b).pow(2).sum()*(1. if next(n)<1 else float('inf'))
+        for terms in ((),(Term(late, '0', '0', weight=0., name='late'),)):
+            learn = digits_learner(dls)
+            fit(*terms, learn=learn)
+            res.append(learn.model.state_dict())
+        for k,v in res[0].items(): assert torch.equal(v, res[1][k]), k
+
+    def test_load_fails_again(self, tmp_path):
+        _,kd = fit(Term('hint', '1', '1'))
+        f = kd.save(tmp_path/'kd')
+        k = KnowledgeDistillation(teacher, terms=Term('hint', '2', '2')).load(f)
+        for _ in range(2):
+            with pytest.raises(ValueError, match='does not belong to these adapters'), (learn:=digits_learner(dls)).no_bar(), learn.no_logging(): learn.fit(1, cbs=[k,NoStep()])
+        learn = digits_learner(dls); learn.path = tmp_path; learn.save('student')
+        torch.save(learn.model, tmp_path/'whole.pth')
+        with pytest.raises(ValueError, match='was not written by'): k.load(tmp_path/'whole.pth')
+        with pytest.raises(ValueError, match='of the terms'): k.load(tmp_path/'models'/'student.pth')
+
+    def test_one_callback_many_students(self):
+        "Adapters and memory bank begin anew with a new student"
+        vals,kd = [],KnowledgeDistillation(teacher, terms=Term(CRDLoss(k=16), vectors, vectors))
+        for k in (kd,kd,KnowledgeDistillation(teacher, terms=Term(CRDLoss(k=16), vectors, vectors))):
+            learn = digits_learner(dls)
+            with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=k)
+            vals.append(fit_table(learn).crd.item())
+        assert vals[0]==vals[1]==vals[2]
+        learn.dls = digits_dls(96, bs=32, seed=1)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=k)
+
+    def test_names(self):
+        assert Terms([Term('hint','1','1'), Term('rkd','1','1',name='hint_2'), Term('hint','2','2')]).names==['hint','hint_2','hint_3']
+        for nm in ('task_loss','kd_loss','accuracy','valid_loss'): self.refused('give the Term another `name`', Term('hint', '1', '1', name=nm))
+
+    def test_hidden(self):
+        "More layers of the teacher: its last ones, or those that are named"
+        assert Term('hidden', ['1','2'], ['0','1','2']).teacher==['1','2']
+        assert Term(HiddenStatesLoss(layers=[0,2]), ['1','2'], ['0','1','2']).teacher==['0','2']
+        fit(Term(HiddenStatesLoss(layers=[0,2]), ['1','2'], ['0','1','2']))
+        with pytest.raises(ValueError, match='one to one: got 2 of the student and 3'): Term(HiddenStatesLoss(layers=[0,5]), ['1','2'], ['0','1','2'])
+
+    def test_starts_differ(self):
+        _,kd = fit(Term('hint', '1', '1'), Term('hint', '1', '1'))
+        a,b = [next(o.parameters()) for o in kd.terms.adapters]
+        assert (a-b).abs().max()>.01
+
+    def test_broadcast(self): self.refused('must have one shape', Term(nn.MSELoss(), '0:input', '0', adapter=None))

@@ -141,6 +141,12 @@ class CRDLoss(KDModule):
         self._order = None
         return self
 
+    def reset(self):
+        "Forget all items, for another student or another training set"
+        if self.bank_s is not None: self.bank_s = self.bank_t = self.item_targ = self.n_items = None
+        self._order = None
+        self.log_Z.fill_(torch.nan)
+
     def _build(self, n_items):
         g,dev = torch.Generator().manual_seed(self.seed),self.log_Z.device
         self.n_items,self.item_targ = n_items,torch.full((n_items,), -1, device=dev)
@@ -163,7 +169,7 @@ class CRDLoss(KDModule):
         known = self.item_targ[index]
         if (known==targ).all(): return
         if ((known!=targ)&(known>=0)).any():
-            raise ValueError("`CRDLoss`: items have another label than before (or than in `labels`); is `index` their position in the training set?")
+            raise ValueError("`CRDLoss`: items have another label than before (or than in `labels`); is `index` their position in the training set? Another training set needs a new `CRDLoss`, or `reset()`")
         self.item_targ[index],self._order = targ,None
 
     def negatives(self,
