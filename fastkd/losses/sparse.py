@@ -90,6 +90,13 @@ class SparseTargets:
         "The same rows on `device`"
         return self._map(lambda x: x.to(device))
     def __getitem__(self, i): return self._map(lambda x: x[[i] if isinstance(i, int) else i])
+    def reorder(self,
+        idx # For each class in the new order, its number in this one
+    ): # `SparseTargets`
+        "The same rows with the classes in another order"
+        new = torch.empty(self.c, dtype=torch.long, device=self.device)
+        new[torch.as_tensor(idx, device=self.device)] = torch.arange(self.c, device=self.device)
+        return self._new(new[self.idx], self.logp, self.entropy, self.lam)
     def _each(self, x): return x.unflatten(1, (self.parts,-1))
     def _share(self, ndim): return self.lam.view(*self.lam.shape, *[1]*(ndim-2))
 
