@@ -1,5 +1,6 @@
 from .sparse import *
 from .lean import *
+from .correct import *
 from .logits import *
 from .features import *
 from .projected import *
