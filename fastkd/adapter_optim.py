@@ -12,6 +12,7 @@ import torch,torch.distributed as dist
 from contextlib import contextmanager
 from fastcore.foundation import L
 from torch import nn,Tensor
+from .ranks import *
 
 # %% ../nbs/22_adapter_optim.ipynb #0289cd70
 def _state(o):
@@ -20,15 +21,13 @@ def _state(o):
     if isinstance(o, (list,tuple,L)): return [_state(v) for v in o]
     return o.detach().clone() if isinstance(o, Tensor) else o
 
-def _n_procs(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
 class AdapterOptim:
     "Trains adapters by an optimizer of their own, in step with a Learner's"
     def __init__(self,
         modules # Adapter, or several
     ):
         self.modules = modules if isinstance(modules, nn.Module) else nn.ModuleList(modules)
-        self.opt,self._waiting = None,None
+        self.opt,self._waiting,self._n = None,None,1
 
     @property
     def params(self): return [p for p in self.modules.parameters() if p.requires_grad]
@@ -38,6 +37,7 @@ class AdapterOptim:
     ):
         "Go to the student's device, and make the optimizer if there is none"
         from fastai.optimizer import Adam,OptimWrapper
+        self._n = n_ranks(learn)
         if (p:=next(iter(learn.model.parameters()), None)) is not None: self.modules.to(p.device)
         if any(type(cb).__name__=='NonNativeMixedPrecision' for cb in learn.cbs): raise ValueError("adapters cannot be trained under `NonNativeMixedPrecision`, which scales the gradients out of their sight: use `learn.to_fp16()` or `to_bf16()`")
         if self.opt is not None or not self.params: return self
@@ -55,13 +55,14 @@ class AdapterOptim:
         learn # Learner that has just stepped
     ):
         "One step with the hyper-parameters and the loss scale of `learn`; nothing where no adapter has a gradient"
+        self._sync()
         if all(p.grad is None for p in self.params): return
         if self.opt is None: self.build(learn)
         # looked up in the instances, since both hand unknown names on to the model
         scaler = vars(learn).get('scaler')
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         if scaler is None or not any(vars(cb).get('skipped') for cb in learn.cbs):
-            self._sync()
+            self._clip(learn, scaler)
             self._follow(learn.opt)
             (self.opt.step if scaler is None else lambda: scaler.step(self.opt))()
         self.zero_grad()
@@ -70,21 +71,31 @@ class AdapterOptim:
         "Forget the gradients; also after a step that was cancelled"
         for p in self.params: p.grad = None
 
+    def _clip(self, learn, scaler):
+        "fastai's `GradientClip` sees the student's gradients alone: the same norm for those of the adapters"
+        from fastai.callback.training import GradientClip
+        for cb in learn.cbs:
+            if not isinstance(cb, GradientClip): continue
+            if scaler is not None: scaler.unscale_(self.opt)
+            nn.utils.clip_grad_norm_(self.params, cb.max_norm, cb.norm_type)
+
     def _follow(self, opt):
         theirs,mine = opt.hypers[-1],self.opt.hypers[0]
         self.opt.set_hypers(**{k:float(theirs[k]) for k in ('lr','mom','sqr_mom','wd','eps') if k in mine and theirs.get(k) is not None})
 
     def broadcast(self):
         "Start all processes from the first one's weights"
-        if _n_procs()>1:
+        if self._n>1:
             for o in self.modules.state_dict().values(): dist.broadcast(o, 0)
 
     def _sync(self):
-        if (n:=_n_procs())<2: return
-        ps = self.params
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in ps])
+        if self._n<2 or not (ps:=self.params): return
+        # what has no gradient in any process must not get one
+        has = ps[0].new_tensor([p.grad is not None for p in ps])
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in ps]+[has])
         dist.all_reduce(flat)
-        for p,g in zip(ps, (flat/n).split([p.numel() for p in ps])): p.grad = g.view_as(p)
+        *gs,has = (flat/self._n).split([p.numel() for p in ps]+[len(ps)])
+        for p,g,n in zip(ps, gs, has.tolist()): p.grad = g.view_as(p) if n else None
 
     def state_dict(self)->dict: # Plain tensors, lists and numbers
         "Weights and optimizer, to continue later"

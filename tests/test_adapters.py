@@ -146,6 +146,7 @@ ddp = '''
     rank,store = int(sys.argv[1]),sys.argv[2]
     dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
     learn = digits_learner(digits_dls(100)); learn.create_opt()
+    learn.model = nn.parallel.DistributedDataParallel(learn.model)
     for sync in (True,False):
         torch.manual_seed(rank)
         a = make_adapter((8,4,4,4),(8,6,4,4))

@@ -22,8 +22,9 @@ from .store import *
 def check_fits(
     store:TargetStore, # Opened
     dls, # The student's `DataLoaders`
-    who:str='the stored targets' # For messages
-)->list|None: # For each class of the student, its index in the store; None: the same order
+    who:str='the stored targets', # For messages
+    missing:str='error' # As in `align_vocab`
+)->list|None: # For each class of the student, its index in the store, -1 where it is not stored; None: the same order
     "Refuse data that the stored answers do not belong to: other classes, other transforms"
     m,dl = store.manifest,dls.train
     _check_tfms(m, plain_dl(dl) if isinstance(dl, TrackedDL) else dl, dls.path, who)
@@ -32,9 +33,10 @@ def check_fits(
     vocab = make_manifest(store.spec, vocab=vocab)['vocab']
     if vocab==store.vocab: return None
     if isinstance(store.spec['shape'], dict): raise ValueError(f"{who} have several heads and classes {store.vocab[:5]}, the student's are {vocab[:5]}: use one order")
-    idx = align_vocab(store.vocab, vocab)
-    if len(idx)<len(store.vocab) and store.spec['kind']=='sparse': raise ValueError(f"{who} are sparse rows of {len(store.vocab)} classes, of which the student knows {len(idx)}: what is kept of a row may be of the others; store kind='dense'")
-    warn(f"the classes of {who} are {'in another order' if len(idx)==len(store.vocab) else 'more'} than the student's: aligned by name")
+    idx = align_vocab(store.vocab, vocab, missing, f'the teacher of {who}', "StoredTeacher(store, missing='ignore')")
+    n = sum(i>=0 for i in idx)
+    if n<len(store.vocab) and store.spec['kind']=='sparse': raise ValueError(f"{who} are sparse rows of {len(store.vocab)} classes, of which the student knows {n}: what is kept of a row may be of the others; store kind='dense'")
+    warn(f"the classes of {who} are {n} of the student's {len(idx)}: these alone are compared" if n<len(idx) else f"the classes of {who} are {'in another order' if n==len(store.vocab) else 'more'} than the student's: aligned by name")
     return idx
 
 def _check_tfms(m, dl, root, who):

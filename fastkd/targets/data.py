@@ -245,13 +245,15 @@ def track(
 
 def _find(dl, store, keys, key, root, need):
     rows = find_rows(store, keys)
+    # other processes may have written since it was opened
+    if need and (rows<0).any(): rows = find_rows(store.refresh(), keys)
     # recorded from a DataLoader that had no folder
     if root is not None and (rows[0]<0).any():
         ks = item_keys(dl, None, key)
         other = find_rows(store, ks)
         if (other[0]<0).sum()<(rows[0]<0).sum(): keys,rows = ks,other
     if need and (miss:=(rows<0).any(0)).any():
-        raise ValueError(f"{miss.sum()} of {len(miss)} training items have no stored answer{'' if store.views==1 else ' for each view'} in {store.url!r}, such as {item_name(dl, int(miss.argmax()))}: run `precompute_targets` on these data, which adds what is missing (paths are relative to the `path` of the DataLoaders; the same `key=` as then)")
+        raise ValueError(f"{miss.sum()} of {len(miss)} training items have no stored answer{'' if store.views==1 else ' for each view'} in {store.url!r}, such as {item_name(dl, int(miss.argmax()))}: run `precompute_targets` on these data, which adds what is missing (paths are relative to the `path` of the DataLoaders; the same `key=` as then{'; inside of `learn.distrib_ctx()` each process waits there for the others' if num_distrib()>1 else ''})")
     return keys,rows
 
 def plain_dl(

@@ -75,7 +75,9 @@ def _first_items(dl, n, replay=False):
         return its,dl.do_batch(its[0] if dl.prebatched else its)
     dl.before_iter()
     if not dl.indexed: dl.it = iter(dl.dataset)
-    idxs = [None]*n if not dl.indexed else sorted({round(o) for o in np.linspace(0, dl.n-1, min(n, dl.n)).tolist()})
+    # an epoch may hold items twice
+    size = min(dl.n, len(dl.dataset)) if dl.indexed and hasattr(dl.dataset, '__len__') else dl.n
+    idxs = [None]*n if not dl.indexed else sorted({round(o) for o in np.linspace(0, size-1, min(n, size)).tolist()})
     try: its,b = _batch(idxs)
     # the last sequence of a language model is shorter
     except RuntimeError: its,b = _batch(idxs[:dl.bs] if not dl.indexed else range(min(n, dl.bs or 1)))

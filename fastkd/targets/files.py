@@ -36,7 +36,8 @@ def _key_bytes(o, root=None):
     if isinstance(o, (float,np.floating)): return b'f'+struct.pack('<d', o)
     if isinstance(o, Tensor): o = o.detach().cpu().numpy()
     if isinstance(o, np.ndarray) and o.dtype!=object: return b'a'+f'{o.dtype.str}{o.shape}'.encode()+np.ascontiguousarray(o).tobytes()
-    if isinstance(o, (list,tuple,L)): return b'l'+b''.join(struct.pack('<Q', item_key(i, root)) for i in o)
+    # None stands in a list for a label that is missing
+    if isinstance(o, (list,tuple,L)): return b'l'+b''.join(bytes(8) if i is None else struct.pack('<Q', item_key(i, root)) for i in o)
     raise TypeError(f"an item of type {type(o).__name__} has no key of its own; pass `key=`, a function that names an item by a path, a string or a number")
 
 def _below(o, root):

@@ -156,4 +156,6 @@ def row_accuracy(
     p = out.argmax(axis) if isinstance(out, Tensor) else out.argmax()
     y = y.squeeze(-1) if y.ndim==p.ndim+1 and y.shape[-1]==1 else y
     if y.shape!=p.shape: return zeros
-    return (1+100*(p==y.to(p.device)).reshape(n,-1).float().mean(1)).round().to(torch.uint8).cpu().numpy()
+    # of an item without a label nothing is known
+    known = (y>=0).reshape(n,-1).any(1).cpu().numpy()
+    return known*(1+100*(p==y.to(p.device)).reshape(n,-1).float().mean(1)).round().to(torch.uint8).cpu().numpy()

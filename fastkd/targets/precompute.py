@@ -16,6 +16,7 @@ from fastprogress.fastprogress import progress_bar
 from hashlib import blake2b
 from types import SimpleNamespace
 from .. import __version__
+from ..ranks import *
 from ..teacher import *
 from ..task import *
 from .data import *
@@ -39,8 +40,8 @@ def teacher_id(
     for p in teacher.parts:
         _note(*(type(m).__qualname__ for m in p.model.modules()))
         for k,v in sorted(p.model.state_dict().items()): _note(k, *((v.dtype, tuple(v.shape)) if isinstance(v, Tensor) else ()), v)
-        _note(p.size, p.dtype, _named(p.output), _named(p.input_tfm), p.idx, *(p.norm or ()))
-    if hasattr(teacher, 'log_w'): _note(teacher.log_w)
+        _note(p.size, p.dtype, _named(p.output), _named(p.input_tfm), p.idx, *(p.norm or ()), *(v for f in p.match if f is not None for v in f.state_dict().values()))
+    if hasattr(teacher, 'log_w'): _note(teacher.log_w, *getattr(teacher, 'ids', ()))
     return dict(name=repr(teacher), hash=h.hexdigest())
 
 def answer_shape(
@@ -126,6 +127,7 @@ def _lined_up(teacher, dls, task, axis, amp):
         with no_random(reproducible=False):
             for p in ps: p.dtype = ifnone(amp, p.dtype)
             teacher.bind(SimpleNamespace(dls=dls, model=nn.Linear(1,1).to(device)), task, axis)
+            if getattr(teacher, 'shared', None) is not None: raise ValueError("this teacher does not know all classes of these data, so an answer has no place for them: store its own (`precompute_targets(teacher_learner, items, path)` or `fastkd-precompute`) for `StoredTeacher(store, missing='ignore')`")
             yield
     finally:
         teacher.release()
@@ -147,7 +149,10 @@ class _Pass:
         # each item once, and of these every process the same share, whatever is stored by now
         i = np.sort(np.unique(keys, return_index=True)[1])
         i = i[~np.isin(keys[i], but)][rank_distrib()::max(num_distrib(), 1)]
-        self.todo = i[store.rows(keys[i], view)<0]
+        i = i[store.rows(keys[i], view)<0]
+        # in the DataLoader's own order: recurrent models need the texts of a batch by length
+        at = {int(o):j for j,o in enumerate(dl.get_idxs())}
+        self.todo = np.array(sorted(i, key=lambda o: at.get(int(o), 0)), dtype=i.dtype)
     def __len__(self): return -(-len(self.todo)//self.dl.bs)
     def _track(self, view, seed): return track(self.dl, root=self.root, key=self.store.key, only=self.todo.tolist(), view=view, seed=seed)
     def __iter__(self):
@@ -172,7 +177,7 @@ def _passes(store, dls, views, seed, tta, bs, clean):
         keys = item_keys(dl, dls.path, store.key)
         res += [_Pass(dl, keys, store, dls.path, v, None if views is None else seed, *((tta,clean) if i==0 else ()), but=done) for v in range(store.views)]
         done = np.concatenate([done, keys])
-    return [p for p in res if len(p.todo)]
+    return res
 
 def _average(zs, task, axis):
     "Logits of the mean of probabilities"
@@ -218,23 +223,31 @@ def precompute_targets(
     bar=progress_bar # Shows progress and items per second
 ): # `TargetStore`
     "Store a teacher's answers to all items; what is stored already is not computed again"
-    check_views(views)
-    if isinstance(tta, bool) or not isinstance(tta, int) or tta<0: raise ValueError(f"`tta` must be a number of augmented versions, at least 0, got {tta!r}")
-    if tta and views: raise ValueError("`tta` averages over augmented versions, `views` keeps them apart: choose one")
-    dls,source,teacher = _loaders(teacher, dls),teacher,as_teacher(teacher)
-    rnd = check_random(dls.train, views, "let the teacher run live, or store answers for the items without these transforms (`stale_ok=True`)", stale_ok or tta>0)
-    if tta and not rnd: raise ValueError("`tta` averages over random transforms, and these data have none")
-    task,axis = _task(task, axis, dls, source)
-    with _lined_up(teacher, dls, task, axis, amp):
-        ask = partial(_ask, teacher, dls)
-        shape = known_shape(path, lambda: _first_answer(ask, dls, kind, task, axis, bs))
-        clean = bool(rnd) and (stale_ok or tta>0)
-        manifest = store_manifest(teacher, dls, shape, task, axis, views, seed, clean, tta, kind, T, k, tail, dtype)
-        store = TargetStore.create(path, manifest, key)
-        passes = _passes(store, dls, views, seed, tta, bs, clean)
-        if passes: _fill(store, passes, ask, 'regress' if kind=='features' else task, axis, bar)
-    distrib_barrier()
-    return store.refresh()
+    store,moves = None,lambda: store and sum(np.count_nonzero(p.crc) for p in store.refresh().parts)
+    with ranks_agree('precompute_targets', moves=moves) as others_ok:
+        check_views(views)
+        if isinstance(tta, bool) or not isinstance(tta, int) or tta<0: raise ValueError(f"`tta` must be a number of augmented versions, at least 0, got {tta!r}")
+        if tta and views: raise ValueError("`tta` averages over augmented versions, `views` keeps them apart: choose one")
+        dls,source,teacher = _loaders(teacher, dls),teacher,as_teacher(teacher)
+        rnd = check_random(dls.train, views, "let the teacher run live, or store answers for the items without these transforms (`stale_ok=True`)", stale_ok or tta>0)
+        if tta and not rnd: raise ValueError("`tta` averages over random transforms, and these data have none")
+        task,axis = _task(task, axis, dls, source)
+        with _lined_up(teacher, dls, task, axis, amp):
+            ask = partial(_ask, teacher, dls)
+            shape = known_shape(path, lambda: _first_answer(ask, dls, kind, task, axis, bs))
+            clean = bool(rnd) and (stale_ok or tta>0)
+            manifest = store_manifest(teacher, dls, shape, task, axis, views, seed, clean, tta, kind, T, k, tail, dtype)
+            store = TargetStore.create(path, manifest, key)
+            passes = _passes(store, dls, views, seed, tta, bs, clean)
+            if todo:=[p for p in passes if len(p.todo)]: _fill(store, todo, ask, 'regress' if kind=='features' else task, axis, noop if rank_distrib() else bar, others_ok)
+    store.refresh()
+    if n_ranks()>1: _check_all(store, passes)
+    return store
+
+def _check_all(store, passes):
+    "Did all processes write to one folder, each its share of the same items?"
+    keys = np.unique(np.concatenate([np.zeros(0, np.uint64), *(p.keys for p in passes)]))
+    if (miss:=(find_rows(store, keys)<0).any(0).sum()): raise ValueError(f"all processes have stored their share, but {miss} of {len(keys)} items are not in {store.url!r}, as rank {rank_distrib()} sees it: is this one folder, shared by all machines, and have all processes the same items in the same order? Run again when they have")
 
 def _ask(teacher, dls, b):
     n = getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
@@ -250,10 +263,11 @@ def _first_answer(ask, dls, kind, task, axis, bs):
     if isinstance(out, Tensor) and kind!='features': check_logits(out.nan_to_num(), task, axis, get_vocab(dls) if task=='softmax' else None)
     return out
 
-def _fill(store, passes, ask, task, axis, bar):
+def _fill(store, passes, ask, task, axis, bar, others_ok):
     with TargetWriter(store, np.concatenate([p.keys[p.todo] for p in passes])) as w:
         bar,done,t0 = bar(range(sum(map(len, passes)))),0,time.perf_counter()
         for _,(p,bs,dl) in zip(bar, itertools.chain(*passes)):
+            others_ok()
             outs,ys = zip(*map(ask, bs))
             out,idxs,y = _average(outs, task, axis),dl.items_now,ys[0]
             acc = row_accuracy(out, y[0].as_subclass(Tensor), task, axis) if len(y)==1 and isinstance(y[0], Tensor) else 0

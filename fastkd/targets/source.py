@@ -13,6 +13,7 @@ from fastai.callback.mixup import MixHandler
 from ..core import *
 from ..losses.sparse import *
 from ..teacher import *
+from ..vocab import *
 from .attach import *
 from .data import *
 from .data import _Positions
@@ -45,8 +46,12 @@ class StoredTeacher:
     "Answers by item from a store, in place of a `Teacher`"
     models,parts = (),()
     def __init__(self,
-        store:TargetStore|None=None # None: that of the batches, `store.attach(dls)`
-    ): self.store,self._dl,self.learn = store,None,None
+        store=None, # `TargetStore` or its folder; None: that of the batches, `store.attach(dls)`
+        missing:str='error' # Student classes that were not stored: 'error', or 'ignore' to compare the shared ones alone
+    ):
+        if store is not None and not isinstance(store, TargetStore): store = TargetStore(store)
+        if missing not in ('error','ignore'): raise ValueError(f"`missing` must be 'error' or 'ignore', got {missing!r}")
+        self.store,self.missing,self.shared,self._dl,self.learn = store,missing,None,None,None
 
     def bind(self,
         learn:Learner, # The student
@@ -71,7 +76,9 @@ class StoredTeacher:
     def _tracked(self, dl):
         if self.store is None: return dl.variant(add=False, cycle=False)
         s = self.store
-        return track(dl, s, self.learn.dls.path, idx=check_fits(s, self.learn.dls), seed=s.seed if s.replay else None)
+        idx,self.shared = check_fits(s, self.learn.dls, missing=self.missing),None
+        if idx is not None and -1 in idx: self.shared,idx = SharedClasses(idx, self.kind, self.axis),[i for i in idx if i>=0]
+        return track(dl, s, self.learn.dls.path, idx=idx, seed=s.seed if s.replay else None)
 
     def release(self):
         "Let go of the student's data"
@@ -123,7 +130,9 @@ class StoredTeacher:
             if (bad:=both&(want!=last.xsum)).any(): raise ValueError(f"the input of {item_name(self._dl, int(last.idxs[bad.argmax()]))} is not the one that the teacher saw ({bad.sum()} of {both.sum()} checked in this batch): the file or its row has changed, or transforms or library versions have (recorded with {s.manifest['made']}). Precompute again to another path")
             self._same |= both.any()
         if self.learn.iter>=4 and self.learn.iter%16: return
-        y = self.learn.yb
+        y = self.learn.yb if self.shared is None or not len(self.learn.yb) else (self.shared.targ(self.learn.yb[0]),)
+        # what is an item of another class to the student was none to the teacher
+        if self.shared is not None and (len(y)!=1 or y[0].ndim>1 or (y[0]<0).any()): return
         obs,exp = row_accuracy(t, y[0], self.kind, self.axis) if len(y)==1 else np.zeros(1, 'u1'),s.fields(rows, ['acc'])['acc']
         if obs.shape!=exp.shape: return
         known = (obs>0)&(exp>0)
@@ -155,6 +164,7 @@ class CachingTeacher(StoredTeacher):
         super().__init__()
         check_views(views)
         self.teacher,self.path,self.views,self.writer = as_teacher(teacher),path,views,None
+        if getattr(self.teacher, 'learns', False): raise ValueError(f"{self.teacher!r} changes as the student does, so what it said yesterday is of no use: leave `cache` out")
     @property
     def models(self): return self.teacher.models
     @property
@@ -167,6 +177,7 @@ class CachingTeacher(StoredTeacher):
         self.learn,self.kind,self.axis = learn,kind,axis
         try:
             self.teacher.bind(learn, kind, axis, whole)
+            if getattr(self.teacher, 'shared', None) is not None: raise ValueError("`cache` stores an answer for each of the student's classes, and this teacher does not know all of them: let it run live, or store its own classes (`fastkd-precompute`) for `StoredTeacher(store, missing='ignore')`")
             self._open(learn.dls)
         except BaseException:
             self.release()
@@ -205,7 +216,9 @@ class CachingTeacher(StoredTeacher):
             self.writer = TargetWriter(self.now, self._keys[(self._table<0).any(0)])
             self._table = find_rows(self.now, self._keys)
         i,last = tensor(m).to(xb[0].device),self._dl._t.last
-        out,y = self.teacher(*(x[i] if isinstance(x, Tensor) else x for x in xb)),self.learn.yb
+        # a recurrent model reads the texts of a batch together, padded to the longest
+        whole,y = any(hasattr(o, 'reset') for o in self.models),self.learn.yb
+        out = _at(self.teacher(*xb), i) if whole else self.teacher(*(x[i] if isinstance(x, Tensor) else x for x in xb))
         acc = row_accuracy(out, y[0][i], self.kind, self.axis) if len(y)==1 and isinstance(y[0], Tensor) else 0
         try: self.writer.put(self._keys[u[m]], out, view, acc, last.xsum[m])
         except ValueError as e: raise name_rows(e, self._dl, last.idxs[m]) from e
