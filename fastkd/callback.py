@@ -9,12 +9,15 @@ __all__ = ['KnowledgeDistillation']
 
 # %% ../nbs/40_callback.ipynb #5017667b
 from fastai.basics import *
-from fastai.learner import _ConstantFunc
+from contextlib import nullcontext
 from fastai.callback.training import GradientAccumulation
 from fastai.callback.mixup import MixHandler
+from .columns import _Columns,_Mean,StepClock
 from .core import *
+from .cotrain import *
 from .losses.all import *
 from .preflight import *
+from .ranks import *
 from .task import *
 from .teacher import *
 from .targets.data import *
@@ -22,32 +25,18 @@ from .targets.show import *
 from .targets.source import *
 from .terms import *
 from copy import deepcopy
-from numbers import Real
 
-# %% ../nbs/40_callback.ipynb #80fbaeef
-class _Column(ValueMetric):
-    "A column of the training table; pickled, it is a plain fastai metric without a value"
-    def __reduce__(self): return ValueMetric,(_ConstantFunc(float('nan')),self.name)
-
-class _Mean:
-    "Running mean that stays on the device until it is read"
-    def __init__(self): self.tot,self.n = 0.,0
-    def add(self, v, n, scale=1.):
-        if isinstance(self.tot, Tensor): self.tot.add_(v.detach(), alpha=n/scale)
-        else: self.tot = self.tot+(v.detach().float() if isinstance(v, Tensor) else v)*(n/scale)
-        self.n += n
-    def __call__(self): return float(self.tot)/self.n if self.n else float('nan')
-
+# %% ../nbs/40_callback.ipynb #240cff1f
 def _in_fit(learn):
     "Does `learn.fit` run, further up the stack?"
     f = sys._getframe()
     while f is not None and not (f.f_code is Learner.fit.__code__ and f.f_locals.get('self') is learn): f = f.f_back
     return f is not None
 
-class KnowledgeDistillation(Preflight, Callback):
+class KnowledgeDistillation(Preflight, _Columns, Callback):
     "Train the Learner on its own loss and on a teacher's answers (Hinton et al. 2015, arXiv:1503.02531)"
     order,run_valid,_only_train_loop = GradientAccumulation.order-1,False,True
-    _learn,_ready,_idle,_inside,_cols,_checked,_answer,_mix = None,False,False,False,(),None,None,None
+    _learn,_ready,_idle,_inside,_cols,_checked,_answer,_mix,_labelled = None,False,False,False,(),None,None,None,False
     def __init__(self,
         teacher=None, # Learner, `nn.Module`, path of an exported Learner, `Teacher`, or a list of these; a `TargetStore`; None: the batches carry its answers
         loss=None, # Response loss: an instance or a registered name; None: the one that fits the Learner's loss function
@@ -58,20 +47,23 @@ class KnowledgeDistillation(Preflight, Callback):
         *,
         start:float|int=0., # Distil from here: fraction of training, or epoch if an int
         stop:float|int=1., # Distil until here: fraction of training, or epoch if an int
+        teacher_weight:float=0., # Greater than 0: the teacher is trained, too, on its own task loss with this weight
         pred_kd=None, # Index, key or callable: the part of a tuple or dict prediction to distil; None: worked out (DeiT: the second)
         cache=None, # Folder where the teacher's answers are stored as training goes, so that it runs once per item
         views:int|None=None, # With `cache`: augmented versions of each item, which training replays; None: training items have no random transforms
-        log:bool=True # Add columns to the training table: `task_loss`, and `kd_loss` without the factor T² where the whole loss has it?
+        log=True # Add columns to the training table: `task_loss`, and `kd_loss` without the factor T² where the whole loss has it? 'cost': and `teacher_share`, the teacher's part of the time of a step
     ):
         if loss is not None: get_loss(loss)
         if T is not None and not callable(T): check_T(T)
         if not callable(alpha): check_weight('alpha', alpha, 1)
         if task_weight is not None: check_weight('task_weight', task_weight)
         check_window(start, stop)
+        if log not in (True,False,'cost'): raise ValueError(f"`log` must be True, False or 'cost', got {log!r}")
         # not under the parameter's name: loggers that store a callback's parameters would store the model
         self._teacher,self._loss,self.terms = as_source(teacher, cache, views),loss,Terms(terms)
-        store_attr('T,alpha,task_weight,start,stop,pred_kd,log')
-        self._means = defaultdict(_Mean)
+        if check_weight('teacher_weight', teacher_weight): self._teacher = CoTrained(self._teacher, teacher_weight)
+        store_attr('T,alpha,task_weight,start,stop,teacher_weight,pred_kd,log')
+        self._means,self._clock = defaultdict(_Mean),StepClock()
 
     # no warnings about attributes that the model happens to have, too
     __setattr__ = object.__setattr__
@@ -100,14 +92,15 @@ class KnowledgeDistillation(Preflight, Callback):
         try: return super().__call__(event_name)
         except Exception:
             self.teardown()
-            # MixUp puts the Learner's loss back when training ends, but not after an error
-            mix = getattr(self._learn.loss_func, '__self__', None)
-            if isinstance(mix, MixHandler): mix.after_train()
             raise
 
     def teardown(self):
         "Take the columns out and give the teacher its modes back"
-        if self._cols and self._learn is not None: self._learn.metrics = [m for m in self._learn.metrics if m not in self._cols]
+        if (learn:=self._learn) is not None:
+            if self._cols: learn.metrics = [m for m in learn.metrics if m not in self._cols]
+            # MixUp puts the loss back when training ends, but not after an error or an interrupt
+            mix = getattr(learn.loss_func, '__self__', None)
+            if isinstance(mix, MixHandler): learn.loss_func = mix.old_lf
         if self._ready: self._teacher.release()
         self.terms.off()
         self._cols,self._ready,self._answer = (),False,None
@@ -121,24 +114,29 @@ class KnowledgeDistillation(Preflight, Callback):
         if self._inside: return
         self.teardown()
         self._idle = hasattr(learn, 'lr_finder')
-        if self._idle or not fitting: return
+        if self._idle or not fitting: return self._check_trackers(False)
         if sum(isinstance(cb, KnowledgeDistillation) for cb in learn.cbs)>1: raise ValueError("two KnowledgeDistillation callbacks would weigh the task loss twice: use one, with a list of teachers or a `WeightedSum` of losses")
-        self._setup()
+        self._check_trackers()
+        with ranks_agree('KnowledgeDistillation', partial(rank_facts, self), learn): self._setup()
         if not self.log: return
-        nms = ['task_loss','kd_loss']+[f'kd_{k}' for k in ('alpha','T') if callable(getattr(self,k))]+self.terms.names
-        self._cols = [_Column(partial(self._mean, nm), nm) for nm in nms]
+        self._cols = self._make_cols()
         learn.metrics = learn.metrics+self._cols
 
     def before_train(self):
         if self._idle: return self._without_answers()
         self._means.clear()
+        self._clock.reset()
         if not self._ready: self._setup()
         self._mix = first(cb for cb in self._learn.cbs if isinstance(cb, MixHandler) and cb.stack_y)
         self._teacher.reset()
+        if self._learns: self._teacher.before_train(self._learn)
         if self._stored: self._learn.dl = self._teacher.loader(self._learn.epoch)
         self.terms.on(self._learn)
 
-    def before_validate(self): self._without_answers()
+    def before_validate(self):
+        self._without_answers()
+        # its metrics are of the validation set from the start
+        if self._learns: self._teacher.reset()
     def _without_answers(self):
         "Batches that carry answers become ordinary ones, for metrics, predictions and other callbacks"
         dl = self._learn.dl
@@ -148,6 +146,7 @@ class KnowledgeDistillation(Preflight, Callback):
 
     def before_batch(self):
         if self._idle: return
+        if self.log=='cost': self._clock.start('step', self._device)
         if self._stored: self._teacher.before_batch()
         self.terms.arm()
 
@@ -157,10 +156,12 @@ class KnowledgeDistillation(Preflight, Callback):
         if not self._ready: self._setup()
         alpha,w = self._weights()
         if self._needs_labels: raise ValueError(f"this batch has no labels, which {self._kd} needs: label it, or use a loss that does without, such as 'kd'")
+        if self.teacher_weight: raise ValueError("this batch has no labels, which a teacher that learns (`teacher_weight`) needs: label it, or leave `teacher_weight` out")
         if w or not alpha: raise ValueError(f"this batch has no labels, so there is no task loss (weight {w:g}) to train on: label it, or learn from the teacher alone with `alpha=1`")
         # fastai takes no step without targets: the teacher's hard answers stand in, with weight 0
         t = self._answer = self._ask()
-        learn.yb = ({'softmax':lambda: t.argmax(self._axis) if isinstance(t, Tensor) else t.argmax(), 'binary':lambda: (t>0).float(), 'regress':lambda: t}[self._kind](),)
+        y = {'softmax':lambda: t.argmax(self._axis) if isinstance(t, Tensor) else t.argmax(), 'binary':lambda: (t>0).float(), 'regress':lambda: t}[self._kind]()
+        learn.yb = (y if self._shared is None else self._shared.full(y),)
 
     def after_loss(self):
         if self._idle: return
@@ -168,22 +169,31 @@ class KnowledgeDistillation(Preflight, Callback):
         learn = self._learn
         alpha,w,terms = *self._weights(),[]
         task,kd,more = learn.loss.as_subclass(Tensor),0.,0.
-        if alpha or (self.terms and self._on):
+        if alpha or self.teacher_weight or (self.terms and self._on):
             if callable(self.T): self._set_T(self.T(learn.pct_train))
             teach,self._answer = self._ask() if self._answer is None else self._answer,None
             pred = self._pred(learn.pred)
             if alpha: kd = self._compare(pred, teach, learn.yb, self._mix)
-            if self.terms: terms,more = self.terms.now(learn, pred, teach, self._mix)
-        if alpha or w!=1 or terms:
+            if self.terms and self._on: terms,more = self.terms.now(learn, pred, teach, self._mix)
+            if self.teacher_weight: more = more+self.teacher_weight*self._teach_itself()
+        if alpha or w!=1 or terms or self.teacher_weight:
             # added, not interpolated: what other callbacks put into `loss_grad` keeps its weight
             more = more+(torch.add((w-1)*task, kd, alpha=alpha) if alpha else (w-1)*task)
             learn.loss_grad,learn.loss = learn.loss_grad.as_subclass(Tensor)+more,task+more
         if self.log: self._note(task, kd, alpha, terms)
 
     def after_step(self):
-        if not self._idle: self.terms.step(self._learn)
-    def after_cancel_step(self): self.terms.zero_grad()
-    def after_train(self): self.terms.off()
+        if self._idle: return
+        self.terms.step(self._learn)
+        if self._learns: self._teacher.step(self._learn)
+    def after_cancel_step(self):
+        self.terms.zero_grad()
+        if self._learns: self._teacher.zero_grad()
+    def after_batch(self):
+        if self.log=='cost': self._clock.stop('step', self._device)
+    def after_train(self):
+        self.terms.off()
+        if not self._idle: share_means([self._means[k] for k in sorted(self._means)], self._learn)
 
     def after_fit(self):
         if not self._inside: self.teardown()
@@ -192,10 +202,12 @@ class KnowledgeDistillation(Preflight, Callback):
     def save(self,
         file # Path of the file, '.pth' if it has no suffix
     )->Path:
-        "Write the terms' adapters, their optimizer and what their losses keep, beside the student that `learn.save` writes"
-        if not self.terms: raise ValueError("this callback has no terms, so there is nothing to save beside the student: `learn.save` has all")
-        sd = self.terms.state_dict()
+        "Write the terms' adapters, their optimizer and what their losses keep, and a teacher that learns, beside the student that `learn.save` writes"
+        sd = {**(self.terms.state_dict() if self.terms else {}), **({'teacher':self._teacher.state_dict()} if self._learns else {})}
+        if not sd: raise ValueError("this callback has no terms and no teacher that learns, so there is nothing to save beside the student: `learn.save` has all")
         file = self._file(file)
+        # as `learn.save` does: one process writes
+        if rank_distrib(): return file
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(sd, file)
         return file
@@ -205,7 +217,10 @@ class KnowledgeDistillation(Preflight, Callback):
         "Go on with what `save` wrote: now, or as soon as training has made the adapters"
         try: sd = torch.load(self._file(file), map_location='cpu', weights_only=True)
         except pickle.UnpicklingError as e: raise ValueError(f"{self._file(file)} was not written by `KnowledgeDistillation.save`; what `learn.save` wrote is for `learn.load`") from e
-        self.terms.load_state_dict(sd)
+        teacher = sd.pop('teacher', None) if isinstance(sd, dict) else None
+        if self._learns!=(teacher is not None): raise ValueError(f"{self._file(file)} was saved {'without' if self._learns else 'with'} a teacher that learns (`teacher_weight`, `EMATeacher`), this callback has {'one' if self._learns else 'none'}")
+        if self._learns: self._teacher.load_state_dict(teacher)
+        if self.terms or sd: self.terms.load_state_dict(sd)
         return self
     def _file(self, file): return Path(file) if Path(file).suffix else Path(file).with_suffix('.pth')
 
@@ -220,7 +235,24 @@ class KnowledgeDistillation(Preflight, Callback):
         alpha = check_weight('alpha', self._at(self.alpha), 1) if callable(self.alpha) else self.alpha
         return alpha,1-alpha if self.task_weight is None else self.task_weight
 
+    @property
+    def _learns(self): return getattr(self._teacher, 'learns', False)
+    @property
+    def _device(self): return self._learn.dls.device if self._learn.dls.device is None else torch.device(self._learn.dls.device)
+
+    def _teach_itself(self):
+        loss = self._teacher.loss(self._learn)
+        if self.log: self._means['teacher_loss'].add(loss, find_bs(self._learn.yb))
+        return loss
+
     def _ask(self):
+        if self.log!='cost': return self._answers()
+        self._clock.start('teacher', self._device)
+        res = self._answers()
+        self._clock.stop('teacher', self._device)
+        return res
+
+    def _answers(self):
         learn = self._learn
         # what is stored was checked when it was
         if self._stored: return self._teacher(*learn.xb, T=self._T_mods[0].T if self._T_mods else 1.)
@@ -236,61 +268,37 @@ class KnowledgeDistillation(Preflight, Callback):
         raise ValueError(f"the teacher's answer to batch {learn.iter} of epoch {learn.epoch} is not finite: {int((~torch.isfinite(t)).sum())} of {t.numel()} values; check its inputs (normalisation) and precision (`Teacher(dtype=torch.float32)`)")
 
     def _pred(self, pred):
-        if self._whole or (isinstance(pred, Tensor) and not callable(self.pred_kd)): return pred
-        deit = self.pred_kd is None and isinstance(pred, tuple) and len(pred)==2 and all(isinstance(o, Tensor) and o.shape==pred[1].shape for o in pred)
-        return pick_output(pred, 1 if deit else self.pred_kd, 'the student', 'KnowledgeDistillation(teacher, pred_kd=...)')
+        if self._whole: return pred
+        if not isinstance(pred, Tensor) or callable(self.pred_kd):
+            deit = self.pred_kd is None and isinstance(pred, tuple) and len(pred)==2 and all(isinstance(o, Tensor) and o.shape==pred[1].shape for o in pred)
+            pred = pick_output(pred, 1 if deit else self.pred_kd, 'the student', 'KnowledgeDistillation(teacher, pred_kd=...)')
+        return pred if self._shared is None else self._shared.pred(pred)
 
     def _compare(self, pred, teach, yb, mix=None):
-        if not self._needs_targ: kd = self._kd(pred, teach)
-        elif mix is None or not self._needs_labels: kd = self._kd(pred, teach, targ=self._targ(yb[0], teach) if len(yb)==1 else yb)
-        else:
+        w,yb = self._item_weights(yb),yb[:1] if self._labelled else yb
+        mixed = mix is not None and self._needs_labels
+        each = mixed or w is not None
+        with NoneReduce(self._kd) if each else nullcontext(self._kd) as f:
+            if not self._needs_targ: kd = f(pred, teach)
+            elif not mixed: kd = f(pred, teach, targ=self._targ(yb[0], teach) if len(yb)==1 else yb)
             # a mixed item has two labels: the loss is mixed as MixUp mixes the task's
-            with NoneReduce(self._kd) as f: a,b = [f(pred, teach, targ=self._targ(y, teach)) for y in (mix.yb1[0],yb[0])]
-            kd = torch.lerp(a, b, mix.lam.float()).mean()
+            else: kd = torch.lerp(*[f(pred, teach, targ=self._targ(y, teach)) for y in (mix.yb1[0],yb[0])], mix.lam.float())
+        if each: kd = kd.mean() if w is None else (w*kd).sum()/w.sum().clamp_min(1e-8)
         if kd.ndim: raise ValueError(f"the loss must return one number, got {tuple(kd.shape)}; use `reduction='mean'`")
         return kd
 
-    def _targ(self, y, z):
-        # labels of a table are a column, which fastai's losses flatten
-        return y.squeeze(self._axis) if self._kind=='softmax' and isinstance(z, Tensor) and y.ndim==z.ndim and y.shape[self._axis]==1 else y
+    def _item_weights(self, yb):
+        "The second target of a `LabelledLoss`; None: all items count alike"
+        return yb[1].as_subclass(Tensor).float() if self._labelled and len(yb)==2 else None
 
-    def _note(self, task, kd, alpha, terms=()):
-        n = find_bs(self._learn.yb)
-        self._means['task_loss'].add(task, n)
-        if alpha: self._means['kd_loss'].add(kd, n, getattr(self._kd, 'scale', 1.))
-        for nm,v in zip(self.terms.names, terms): self._means[nm].add(v, n)
-        if callable(self.alpha): self._means['kd_alpha'].add(alpha, n)
-        if callable(self.T) and alpha: self._means['kd_T'].add(self._T_mods[0].T, n)
-    def _mean(self, nm): return self._means[nm]()
+    def _targ(self, y, z, drop=None):
+        # labels of a table are a column, which fastai's losses flatten
+        if self._kind=='softmax' and isinstance(z, Tensor) and y.ndim==z.ndim and y.shape[self._axis]==1: y = y.squeeze(self._axis)
+        return y if self._shared is None else self._shared.targ(y, self._ignore, ifnone(drop, self._needs_labels))
 
     def _set_T(self, T):
         check_T(T)
         for m in self._T_mods: m.T = T
-
-    def _setup(self):
-        "Resolve the loss, line the teacher up and check both, before a step is taken"
-        learn = self._learn
-        self._check_shared()
-        self._kd = infer_loss(learn.loss_func, self._loss)
-        mods = list(self._kd.modules()) if isinstance(self._kd, nn.Module) else [self._kd]
-        if isinstance(self._kd, nn.Module): self._kd.to(first(learn.model.parameters()).device)
-        self._needs_targ,self._whole = 'targ' in loss_needs(self._kd),getattr(self._kd, 'whole_output', False)
-        self._needs_labels = any(getattr(m, 'needs_labels', self._needs_targ and not isinstance(m, nn.Module)) for m in mods)
-        self._T_mods = [m for m in mods if hasattr(m, 'T')]
-        if self.T is not None and not self._T_mods: raise ValueError(f"`T` was given, but {self._loss or self._kd} has no temperature")
-        # a schedule that leaves its range is found now, not in the middle of training
-        for pos in (.5,1.,0.) if callable(self.alpha) else (): check_weight('alpha', self.alpha(pos), 1)
-        for pos in (.5,1.,0.) if callable(self.T) else (): check_T(self.T(pos))
-        if self.T is not None: self._set_T(self._at(self.T))
-        kind,kw = loss_family(learn.loss_func)
-        values = isinstance(self._kd, MSELogitsLoss) and get_vocab(learn.dls) is None
-        self._kind = kind or ('binary' if isinstance(self._kd, BinaryKDLoss) else 'regress' if values else 'softmax')
-        self._axis = getattr(self._kd, 'axis', kw.get('axis', 1))
-        self._teacher.bind(learn, self._kind, self._axis, self._whole)
-        self._ready = True
-        if self._checked is not learn.dls: self._preflight()
-        self._checked = learn.dls
-        if self.terms: self.terms.setup(learn, self._teacher, lambda xb: None if (p:=self._look(xb)) is None else self._pred(p))
 
     # -- copies: an export holds a plain `Callback`, so it loads without this library and without the teacher
     def __reduce_ex__(self, protocol): return Callback,()

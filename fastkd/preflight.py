@@ -9,9 +9,13 @@ __all__ = ['check_weight', 'check_window', 'Preflight']
 
 # %% ../nbs/39_preflight.ipynb #5017667b
 from fastai.basics import *
+from fastai.callback.mixup import MixHandler
+from fastai.callback.rnn import RNNCallback
+from fastai.callback.tracker import TrackerCallback
 from numbers import Real
 from .core import *
-from .losses.sparse import *
+from .losses.all import *
+from .task import *
 from .teacher import *
 
 # %% ../nbs/39_preflight.ipynb #8c005fa5
@@ -38,30 +42,89 @@ def check_window(
 # %% ../nbs/39_preflight.ipynb #d73a6f6a
 class Preflight:
     "The checks of `KnowledgeDistillation` before a step is taken"
+    _shared = _ignore = None
+    def _setup(self):
+        "Resolve the loss, line the teacher up and check both, before a step is taken"
+        learn = self._learn
+        self._check_shared()
+        self._labelled = self._find_labelled(learn)
+        self._kd = infer_loss(learn.loss_func, self._loss)
+        mods = list(self._kd.modules()) if isinstance(self._kd, nn.Module) else [self._kd]
+        if isinstance(self._kd, nn.Module): self._kd.to(first(learn.model.parameters()).device)
+        self._needs_targ,self._whole = 'targ' in loss_needs(self._kd),getattr(self._kd, 'whole_output', False)
+        self._needs_labels = any(getattr(m, 'needs_labels', self._needs_targ and not isinstance(m, nn.Module)) for m in mods)
+        if self._labelled and any('targ' in loss_needs(m) and not hasattr(m, 'ignore_index') for m in mods if not (isinstance(m, nn.Module) and [*m.children()])): raise ValueError(f"items may have no label here, and {self._kd} takes labels but has no `ignore_index` that tells it which do not count: use another loss")
+        self._T_mods = [m for m in mods if hasattr(m, 'T')]
+        if self.T is not None and not self._T_mods: raise ValueError(f"`T` was given, but {self._loss or self._kd} has no temperature")
+        # a schedule that leaves its range is found now, not in the middle of training
+        for pos in (.5,1.,0.) if callable(self.alpha) else (): check_weight('alpha', self.alpha(pos), 1)
+        for pos in (.5,1.,0.) if callable(self.T) else (): check_T(self.T(pos))
+        if self.T is not None: self._set_T(self._at(self.T))
+        kind,kw = loss_family(learn.loss_func)
+        values = isinstance(self._kd, MSELogitsLoss) and get_vocab(learn.dls) is None
+        self._kind = kind or ('binary' if isinstance(self._kd, BinaryKDLoss) else 'regress' if values else 'softmax')
+        self._axis = getattr(self._kd, 'axis', kw.get('axis', 1))
+        self._teacher.bind(learn, self._kind, self._axis, self._whole)
+        self._ready = True
+        self._shared = getattr(self._teacher, 'shared', None)
+        if self._shared is not None: self._leave_out(mods)
+        if self._checked is not learn.dls: self._preflight()
+        self._checked = learn.dls
+        if self.terms: self.terms.setup(learn, self._teacher, lambda xb: None if (p:=self._look(xb)) is None else self._pred(p))
+
+    def _find_labelled(self, learn):
+        "The Learner's `LabelledLoss`, or False; refused where the data need one"
+        lf = plain_loss(learn.loss_func)
+        ds = getattr(learn.dls, 'train_ds', None)
+        if getattr(ds, 'brings_weights', False) and any(isinstance(cb, MixHandler) for cb in learn.cbs): raise ValueError("MixUp and CutMix mix one target, and items have a weight beside theirs here: leave out one or the other")
+        if isinstance(lf, LabelledLoss): return lf
+        if isinstance(getattr(ds, 'loss_func', None), LabelledLoss): raise ValueError(f"these data hold items without a label, for which {lf} is wrong: `Learner(dls, model, loss_func=LabelledLoss({getattr(lf, '__name__', type(lf).__name__+'()')}))`")
+        return False
+
+    def _leave_out(self, mods):
+        "Losses see the classes that both know; what needs a label leaves out the items of others"
+        leaf = [m for m in mods if not (isinstance(m, nn.Module) and [*m.children()])]
+        if self._needs_labels and not all(hasattr(m, 'ignore_index') for m in leaf if 'targ' in loss_needs(m)): raise ValueError(f"the teacher does not know all of the student's classes, and {self._kd} takes labels but has no `ignore_index` that tells it which do not count: use another loss, such as 'kd'")
+        if (o:=first(o for o in self.terms.terms if 'targ' in o.needs and not o.layers)) is not None: raise ValueError(f"the teacher does not know all of the student's classes, and {o!r} compares their logits by label: use a loss without labels")
+        self._ignore = first(m.ignore_index for m in mods if getattr(m, 'ignore_index', None) is not None)
+        for m in leaf:
+            if hasattr(m, 'ignore_index') and (m.ignore_index is not None or getattr(m, 'needs_labels', False)): m.ignore_index = -100
+
     def _check_shared(self):
         mine = {id(p) for p in self._learn.model.parameters()}
         if any(id(p) in mine for m in self._teacher.models for p in m.parameters()):
             raise ValueError("teacher and student share weights, so the teacher would change as the student learns: pass a copy, `copy.deepcopy(learn.model)`")
 
+    def _check_trackers(self, fitting=True):
+        for cb in self._learn.cbs:
+            if not isinstance(cb, TrackerCallback) or cb.monitor not in ('task_loss','kd_loss',*self.terms.names): continue
+            # `lr_find` and `validate` have no columns of ours to watch
+            cb.run = fitting
+            if not fitting: continue
+            if not self.log: raise ValueError(f"`{cb.name}` monitors {cb.monitor!r}, a column that `log=False` leaves out")
+            # fastai maximises what has no 'loss' in its name
+            if cb.monitor in self.terms.names and cb.comp is np.greater: raise ValueError(f"`{cb.name}` would look for the largest {cb.monitor!r}, which is a loss: pass it `comp=np.less`, or give the Term a `name` with 'loss' in it")
+
     def _preflight(self):
         "Ask both about validation batches: do the answers fit each other and the loss, and is the teacher better than chance?"
-        ax,n,right,ignore = self._axis,0,0,getattr(self._kd, 'ignore_index', None)
+        ax,n,right,ignore = self._axis,0,0,getattr(self._labelled or self._kd, 'ignore_index', None) if self._shared is None else -100
         ask,peek = getattr(self._teacher, 'live', self._teacher),getattr(self._teacher, 'peek', noop)
         for i,(xb,yb) in enumerate(some_batches(self._learn)):
             pred = self._look(xb) if i==0 else None
             # these are not the inputs that a callback will make of the batch: the first step will tell
             if i==0 and pred is None: return
+            if self._shared is not None and isinstance(pred, Tensor): pred = self._shared.pred(pred)
             if (t:=peek(None)) is not None: return self._check_stored(pred, t, yb)
             try: t = ask(*xb)
             except (RuntimeError,TypeError) as e: raise ValueError(f"the teacher cannot run on the student's inputs {[tuple(x.shape) for x in xb if isinstance(x, Tensor)]}: {e}\nPrepare them for it: `Teacher(model, size=..., input_tfm=...)`") from e
             if not isinstance(t, Tensor): return
             if i==0: self._check_first(xb, yb, pred, t)
-            y = self._targ(yb[0], t) if len(yb)==1 and isinstance(yb[0], Tensor) else None
+            y = self._targ(yb[0], t, drop=True) if len(yb)==1 and isinstance(yb[0], Tensor) else None
             if self._kind!='softmax' or y is None or y.is_floating_point() or y.shape!=(p:=t.argmax(ax)).shape: return
             keep = torch.ones_like(y, dtype=torch.bool) if ignore is None else y!=ignore
             n,right = n+keep.sum().item(),right+(p==y)[keep].sum().item()
         chance = 1/t.shape[ax]
-        if n>=64 and right/n<1.25*chance: warn(f"the teacher is right on {right/n:.3f} of {n} validation labels, which is near chance ({chance:.3f}): are its classes in the student's order (`Teacher(vocab=...)`), its inputs prepared as it knows them (`Teacher(stats=...)`)?")
+        if n>=64 and right/n<1.25*chance and not self._learns: warn(f"the teacher is right on {right/n:.3f} of {n} validation labels, which is near chance ({chance:.3f}): are its classes in the student's order (`Teacher(vocab=...)`), its inputs prepared as it knows them (`Teacher(stats=...)`)?")
 
     def _look(self, xb):
         "What the student says, which stays as it is; None where it cannot run on the batch as it comes"
@@ -69,14 +132,18 @@ class Preflight:
         modes = [(o,o.training) for o in m.modules()]
         m.eval()
         try:
-            with torch.no_grad(): return m(*xb)
+            with torch.no_grad(): p = m(*xb)
+            # what is left of it when the loss sees it
+            return p[0] if isinstance(p, tuple) and any(isinstance(cb, RNNCallback) for cb in self._learn.cbs) else p
         except Exception: return None
         finally:
             for o,mode in modes: o.training = mode
             if hasattr(m, 'reset'): m.reset()
 
     def _check_first(self, xb, yb, pred, t):
-        for p in self._teacher.parts: check_logits(t if p in (self._teacher,getattr(self._teacher, 'teacher', None)) else p(*xb), self._kind, self._axis, get_vocab(self._learn.dls))
+        vocab = get_vocab(self._learn.dls)
+        if self._shared is not None: vocab = [vocab[i] for i in self._shared.keep.tolist()]
+        for p in self._teacher.parts: check_logits(t if p in (self._teacher,getattr(self._teacher, 'teacher', None)) else p(*xb), self._kind, self._axis, vocab)
         if not isinstance(pred, Tensor) or (self._needs_targ and not len(yb)): return
         check_same(type(self._kd).__name__, pred, t)
         with torch.no_grad(): self._compare(pred, t, yb)

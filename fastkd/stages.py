@@ -13,7 +13,7 @@ from fastai.learner import _ConstantFunc
 from .taps import *
 from .teacher import *
 from .callback import *
-from .callback import _Column
+from .columns import _Column
 
 # %% ../nbs/40a_stages.ipynb #2311e251
 _fits = ('fit_one_cycle','fit_flat_cos','fit')

@@ -18,7 +18,9 @@ from .losses.all import *
 from .adapters import *
 from .adapter_optim import *
 from .preflight import check_weight
+from .ranks import *
 from .taps import *
+from .task import *
 from .targets.data import *
 from .teacher import some_batches
 
@@ -81,7 +83,7 @@ class Terms:
         self.terms = [terms] if isinstance(terms, Term) else list(terms)
         if (bad:=first(o for o in self.terms if not isinstance(o, Term))) is not None: raise TypeError(f"`terms` holds Terms, such as `Term(ATLoss(), 'layer3', 'layer3')`, got {bad!r}")
         self.names,self.adapters,self.opt = _unique([o.name for o in self.terms]),[],None
-        self._for = self._data = self._waiting = None
+        self._for = self._data = self._waiting = self._labelled = None
     def __len__(self): return len(self.terms)
     @property
     def needs(self): return {k for o in self.terms for k in o.needs}
@@ -120,12 +122,15 @@ class Terms:
         "What would otherwise be found in the middle of training, or never"
         taken = {'epoch','train_loss','valid_loss','time','task_loss','kd_loss','kd_alpha','kd_T',*L(learn.metrics).attrgot('name')}
         if bad:=[n for n in self.names if n in taken]: raise ValueError(f"a column of the training table is named {bad[0]!r} already: give the Term another `name`")
+        self._labelled = lf if isinstance(lf:=plain_loss(learn.loss_func), LabelledLoss) else None
         mixed = any(isinstance(cb, MixHandler) for cb in learn.cbs)
         dl = learn.dls.train
         n,bs = getattr(dl, 'n', None),getattr(dl, 'bs', None)
         alone = n and bs and not getattr(dl, 'drop_last', False) and (n%bs or bs)==1
         for o in self.terms:
             for pos in (.5,1.,0.) if callable(o.weight) else (): check_weight('weight', o.weight(pos))
+            if mixed and self._labelled and 'targ' in o.needs: raise ValueError(f"{o!r} needs labels, which a mix of items with and without one has in part: leave MixUp or CutMix out, or this Term")
+            if self._labelled and {'index','targ'}<=set(o.needs): raise ValueError(f"{o!r} tells the classes of single items apart, and some have none here: use no classes (`CRDLoss(by_class=False)`)")
             if mixed and {'index','targ'}<=set(o.needs): raise ValueError(f"{o!r} tells the classes of single items apart, which MixUp and CutMix mix: leave them out, or use no classes (`CRDLoss(by_class=False)`)")
             if alone and o.method in _many: raise ValueError(f"{o!r} needs at least 2 items in a batch, and the last one of {n} items would hold 1: another `bs` than {bs}, or `drop_last=True`")
 
@@ -178,10 +183,16 @@ class Terms:
     def on(self, learn):
         if not self.terms: return
         for o in self._taps: o.on()
+        # in a run of several processes, a Learner of this one has a memory of its own
+        for o in self.terms:
+            if hasattr(o.loss, 'gather') and n_ranks()>n_ranks(learn): o.loss.gather = noop
+            elif getattr(o.loss, 'gather', None) is noop: del o.loss.gather
         # a loss that keeps something for each item wants to know which are in the batch
         if 'index' in self.needs and not isinstance(learn.dl, TrackedDL):
             if self._dl is None: self._dl = track(learn.dl, keys=np.arange(len(learn.dls.train_ds)))
             learn.dl = self._dl
+        # several processes put a loader of their shares around it
+        self._items = learn.dl
         if self.opt is not None:
             self.opt.build(learn)
             self.opt.modules.train()
@@ -191,7 +202,7 @@ class Terms:
         for o in self._taps: o.arm()
     def now(self, learn, pred, t, mix):
         "Values of the terms, and their weighted sum"
-        index = tensor(learn.dl.items_now).to(pred.device) if 'index' in self.needs else None
+        index = tensor(self._items.items_now).to(pred.device) if 'index' in self.needs else None
         vs = self(pred, t, *self.take(), learn.yb, index, mix)
         ws = [check_weight('weight', o.weight(learn.pct_train)) if callable(o.weight) else o.weight for o in self.terms]
         # a term that is off has no say, whatever its value
@@ -225,6 +236,11 @@ class Terms:
         kw = {'index':index} if 'index' in o.needs else {}
         if isinstance(o.loss, nn.modules.loss._Loss) and a.shape!=b.shape: raise ValueError(f"student {tuple(a.shape)} and teacher {tuple(b.shape)} must have one shape; `adapter='auto'` joins them")
         yb = tuple(_column(y) for y in yb)
+        if 'targ' in o.needs and self._labelled:
+            # what needs labels is about the items that have one
+            keep,yb = is_labelled(yb[0], self._labelled.ignore_index),yb[:1]
+            if not keep.any(): return item_find(a)[:0].float().sum()
+            if not keep.all(): a,b,yb,kw = [pick_items(p, keep) for p in (a,b,yb,kw)]
         if 'targ' not in o.needs: v = o.loss(a, b, **kw)
         elif o.method=='sskd': v = o.loss(a, b, targ=yb[0][::4])
         elif mix is None: v = o.loss(a, b, targ=yb[0] if len(yb)==1 else yb, **kw)
