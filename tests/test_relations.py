@@ -242,3 +242,14 @@ def test_cka():
     close(cka(s, t), 1-cka_loss(s, t)); close(cka(s, t, unbiased=True), 1-cka_loss(s, t, unbiased=True)); close(cka(s, t), cka(t, s))
     o = torch.stack([cka(*make(16, 8, 300, seed=i), unbiased=True) for i in range(200)])
     assert o.mean().abs()<3*o.std()/200**.5
+
+@pytest.mark.parametrize('k', [1e-37,1e-25,1e19,1e30])
+def test_rkd_knows_no_scale(k):
+    a,b = torch.randn(6,5),torch.randn(6,7)
+    a,b = a/a.norm(),b/b.norm()
+    ref,x = rkd_loss(a, b),(a*k).requires_grad_()
+    loss = rkd_loss(x, b*k)
+    assert loss.item()==pytest.approx(ref.item(), rel=1e-4)
+    g, = torch.autograd.grad(loss, x)
+    y = a.clone().requires_grad_()
+    torch.testing.assert_close(g*k, torch.autograd.grad(rkd_loss(y, b), y)[0], rtol=1e-3, atol=1e-5)

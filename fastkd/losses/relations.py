@@ -61,12 +61,17 @@ def _distances(g):
     d = d2.where(apart, 1).sqrt()
     return d2,d.where(apart, 0),(1/d).where(apart, 0)
 
+def _to_one(g):
+    # angles and relative distances know no scale, but float32 does
+    c = g.detach().diagonal().sum()
+    return g/c.where(c>0, 1)
+
 def _angles(d2, inv, dtype):
     d2,inv = d2.to(dtype),(inv/math.sqrt(2)).to(dtype)
     return (d2[:,:,None]+d2[:,None]-d2)*inv[:,:,None]*inv[:,None]
 
 def _rkd(s, t, w_d, w_a):
-    n,(s2,ds,si),(t2,dt,ti) = len(s),_distances(_gram64(s)),_distances(_gram64(t))
+    n,(s2,ds,si),(t2,dt,ti) = len(s),_distances(_to_one(_gram64(s))),_distances(_to_one(_gram64(t)))
     loss = s2.new_zeros(n)
     if w_d:
         ds,dt = [_over(d, d.sum()/(n*(n-1)), 0) for d in (ds,dt)]
