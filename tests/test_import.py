@@ -5,7 +5,7 @@ import fastkd
 from conftest import run
 
 outside = {'fastkd.test_utils', # lessons, tests and the demo
-    'fastkd.cli', # commands
+    'fastkd.cli','fastkd.demo', # commands
     'fastkd.targets.files'} # bytes on disk
 left_out = {'reduce_loss'} # names that `fastkd.all` leaves to fastai
 mods = sorted(o.name for o in pkgutil.walk_packages(fastkd.__path__, 'fastkd.') if not (o.ispkg or '._' in o.name or o.name.endswith('.all')))
