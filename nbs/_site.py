@@ -46,7 +46,7 @@ class SymbolDoc(BasicMarkdownRenderer):
     def _repr_markdown_(self):
         o,cls = self.sym,inspect.isclass(self.sym)
         inherits = cls and '__init__' not in vars(o) and '__signature__' not in vars(o)
-        hypers = getattr(o, 'hypers', None) if cls else None
+        hypers = getattr(o, 'hypers', None) if cls and getattr(o, 'func', None) else None
         dms = docments(o if hypers is None else o.func, full=True, args_kwargs=True) # a module made from a function has that function's docments
         def shown(k, v): return (not cls and (v['docment'] or _type(v['anno']))) if k=='return' else k!='self' and (hypers is None or k in hypers)
         dms = {} if inherits else {k:v for k,v in dms.items() if shown(k,v)}
