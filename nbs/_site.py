@@ -17,7 +17,8 @@ cfg = get_config(root)
 nbs,url,index = root/cfg.nbs_path.name,cfg.doc_url.rstrip('/')+'/','index.ipynb'
 re_dash = re.compile(r'^(#+) (\S+) -[ \t]*$', re.M)
 sections = {'.':'API', 'tutorials':'Tutorials', 'explain':'Explain'}
-css = '''.md-grid {max-width:66rem} .md-nav__title {box-shadow:none}
+css = '''.md-typeset table:not([class]) th {min-width:0}
+.md-grid {max-width:66rem} .md-nav__title {box-shadow:none}
 .md-typeset table:not([class]) td:not(:nth-child(n+4)) code {white-space:nowrap}
 .md-typeset table:not([class]) :is(td,th) {padding:.4em .9em}
 .md-typeset math[display=block] {margin:1.2em 0; overflow-x:auto; overflow-y:hidden}
@@ -161,6 +162,8 @@ def _links(md, page, ids):
     "Links between notebooks and to symbols as links between pages; an automatic link to a symbol that no page shows becomes plain code"
     def rel(p, a): return os.path.relpath(p, page.parent)+(f'#{a}' if a else '')
     def auto(m):
+        # the column of the training table, not the function of this name
+        if m[2]=='`kd_loss`' and not page.name.startswith('losses'): return m[2]
         p,a = Path(m[3]).with_suffix('.md'),m[4] or ''
         a = next((o for o in (a, a.split('.')[0]) if o in ids.get(p, ())), None)
         return f'[{m[2]}]({rel(p,a)})' if a else m[2]
