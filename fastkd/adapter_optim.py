@@ -40,6 +40,9 @@ class AdapterOptim:
         self._n = n_ranks(learn)
         if (p:=next(iter(learn.model.parameters()), None)) is not None: self.modules.to(p.device)
         if any(type(cb).__name__=='NonNativeMixedPrecision' for cb in learn.cbs): raise ValueError("adapters cannot be trained under `NonNativeMixedPrecision`, which scales the gradients out of their sight: use `learn.to_fp16()` or `to_bf16()`")
+        # what was unfrozen since has no place in the optimizer
+        was = self.opt
+        if was is not None and {id(p) for p in self.params}-{id(p) for p in was.all_params().itemgot(0)}: self.opt = None
         if self.opt is not None or not self.params: return self
         # an optimizer that is built already has the student's parameters inside
         f = Adam if isinstance(learn.opt_func, OptimWrapper) else learn.opt_func
@@ -47,6 +50,7 @@ class AdapterOptim:
         if not learn.wd_bn_bias:
             for p in self.params:
                 if p.ndim<2: self.opt.state[p]['do_wd'] = False
+        if was is not None: self.opt.state.update(was.state)
         if self._waiting is not None: self._load(self._waiting)
         self.broadcast()
         return self

@@ -79,8 +79,12 @@ class EMATeacher(Teacher):
 
     @property
     def fresh(self): return self.k==0
+    def reset(self):
+        if self._model is not None: super().reset()
+
     def before_train(self, learn):
         self._pair()
+        self._cancelled = False
         # the first step starts from here: processes have one student only now
         if self.fresh: self._move(0.)
     # called for a step that is cancelled, before `step`, which fastai calls all the same
@@ -195,9 +199,16 @@ def validate_teacher(
 )->dict: # Value by name: 'valid_loss' and the Learner's metrics
     "How good a teacher is where the student is measured, lined up with it as in training"
     t,(kind,kw) = as_teacher(teacher),loss_family(learn.loss_func)
+    was = [(o,dict(vars(o))) for o in (t,*t.parts)]
     try:
         t.bind(learn, kind or 'regress', kw.get('axis', 1))
+        if getattr(t, 'shared', None) is not None: raise ValueError("this teacher does not know all classes of the validation set, so these metrics cannot be had of it")
         sub = Learner(learn.dls, _Answers(t, first(learn.model.parameters()).device), loss_func=learn.loss_func, metrics=deepcopy(learn.metrics))
         sub.remove_cb(ProgressCallback)
         return dict(zip(['valid_loss',*sub.metrics.attrgot('name')], sub.validate()))
-    finally: t.release()
+    finally:
+        t.release()
+        # it may be at work in a fit
+        for o,d in was:
+            vars(o).clear()
+            vars(o).update(d)

@@ -117,6 +117,7 @@ class KnowledgeDistillation(Preflight, _Columns, Callback):
         if self._idle or not fitting: return self._check_trackers(False)
         if sum(isinstance(cb, KnowledgeDistillation) for cb in learn.cbs)>1: raise ValueError("two KnowledgeDistillation callbacks would weigh the task loss twice: use one, with a list of teachers or a `WeightedSum` of losses")
         self._check_trackers()
+        if isinstance(self.start, int) and self.start>=learn.n_epoch>0 and self.start: warn(f"`start={self.start}` is an epoch, and this fit ends before it with {learn.n_epoch}: nothing is distilled")
         with ranks_agree('KnowledgeDistillation', partial(rank_facts, self), learn): self._setup()
         if not self.log: return
         self._cols = self._make_cols()
@@ -283,9 +284,19 @@ class KnowledgeDistillation(Preflight, _Columns, Callback):
             elif not mixed: kd = f(pred, teach, targ=self._targ(yb[0], teach) if len(yb)==1 else yb)
             # a mixed item has two labels: the loss is mixed as MixUp mixes the task's
             else: kd = torch.lerp(*[f(pred, teach, targ=self._targ(y, teach)) for y in (mix.yb1[0],yb[0])], mix.lam.float())
-        if each: kd = kd.mean() if w is None else (w*kd).sum()/w.sum().clamp_min(1e-8)
+        if each:
+            n = self._counts(yb, teach, mix if mixed else None, kd)
+            kd = (kd if w is None else w*kd).sum()/(n if w is None else w*n).sum().clamp_min(1e-8)
         if kd.ndim: raise ValueError(f"the loss must return one number, got {tuple(kd.shape)}; use `reduction='mean'`")
         return kd
+
+    def _counts(self, yb, teach, mix, kd):
+        "Which items the loss counts: for one that needs labels, those that have one"
+        mods = self._kd.modules() if isinstance(self._kd, nn.Module) else ()
+        ignore = -100 if self._shared is not None else first(m.ignore_index for m in (self._labelled,*mods) if getattr(m, 'ignore_index', None) is not None)
+        if not self._needs_labels or len(yb)!=1 or ignore is None or kd.ndim!=1: return torch.ones_like(kd)
+        has = lambda y: is_labelled(self._targ(y, teach), ignore).float()
+        return has(yb[0]) if mix is None else torch.lerp(has(mix.yb1[0]), has(yb[0]), mix.lam.float())
 
     def _item_weights(self, yb):
         "The second target of a `LabelledLoss`; None: all items count alike"
@@ -304,5 +315,6 @@ class KnowledgeDistillation(Preflight, _Columns, Callback):
     def __reduce_ex__(self, protocol): return Callback,()
     def __deepcopy__(self, memo):
         res = object.__new__(type(self))
-        res.__dict__.update({**self.__dict__, '_learn':memo.get(id(self._learn)), '_cols':(), '_ready':False, '_means':defaultdict(_Mean), 'terms':deepcopy(self.terms, memo)})
+        memo[id(self)] = res
+        res.__dict__.update({**self.__dict__, '_learn':memo.get(id(self._learn)), '_cols':(), '_ready':False, '_means':defaultdict(_Mean), 'terms':deepcopy(self.terms, memo), **({'_teacher':deepcopy(self._teacher, memo)} if self._learns else {})})
         return res

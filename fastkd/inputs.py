@@ -38,6 +38,13 @@ class _Tokens(nn.Module):
     def __init__(self, idx): super().__init__(); self.register_buffer('idx', tensor(idx))
     def forward(self, x): return self.idx[x]
 
+class _Columns(nn.Module):
+    "Some columns of a table, as they are"
+    def __init__(self, cols):
+        super().__init__()
+        self.register_buffer('cols', tensor(cols).long())
+    def forward(self, x): return x[:,self.cols]
+
 class _Codes(nn.Module):
     "Columns of category codes, chosen and translated"
     def __init__(self, cols, idxs):
@@ -76,6 +83,7 @@ def _align_codes(t, s):
     if list(t.items())==list(s.items()): return None
     idxs = []
     if (o:=[n for n in t if bool(t[n])!=bool(s[n])]): raise ValueError(f"the codes of {o} have names in one table only: let `Categorify` make them in both, or pass `Teacher(model, input_tfm=...)`")
+    if not any(t.values()): return _Columns(cols)
     for n,c in t.items():
         o2i = {o:i for i,o in enumerate(c)}
         if (lost:=[o for o in s[n] if o not in o2i]):

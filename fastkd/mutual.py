@@ -31,6 +31,10 @@ class MutualLoss(nn.Module):
     def scale(self): return getattr(self.loss, 'scale', 1.)
     @property
     def axis(self): return getattr(self.loss, 'axis', 1)
+    @property
+    def reduction(self): return self.loss.reduction
+    @reduction.setter
+    def reduction(self, v): self.loss.reduction = v
     def forward(self, inp, teach, targ=None): return sum(call_loss(self.loss, inp, t, targ) for t in teach)/len(teach)
 
 # %% ../nbs/43_mutual.ipynb #4e97b061

@@ -87,7 +87,7 @@ class Preflight:
         if self._needs_labels and not all(hasattr(m, 'ignore_index') for m in leaf if 'targ' in loss_needs(m)): raise ValueError(f"the teacher does not know all of the student's classes, and {self._kd} takes labels but has no `ignore_index` that tells it which do not count: use another loss, such as 'kd'")
         if (o:=first(o for o in self.terms.terms if 'targ' in o.needs and not o.layers)) is not None: raise ValueError(f"the teacher does not know all of the student's classes, and {o!r} compares their logits by label: use a loss without labels")
         self._ignore = first(m.ignore_index for m in mods if getattr(m, 'ignore_index', None) is not None)
-        for m in leaf:
+        for m in mods:
             if hasattr(m, 'ignore_index') and (m.ignore_index is not None or getattr(m, 'needs_labels', False)): m.ignore_index = -100
 
     def _check_shared(self):

@@ -220,7 +220,7 @@ class Ensemble:
         self.kind,self.axis = kind,axis
         self.log_w = self.log_w.to(first(learn.model.parameters()).device)
         for t in self.teachers: t.bind(learn, kind, axis)
-        if len({str(o and o.keep) for o in self.teachers.map(lambda t: getattr(t, 'shared', None))})>1: raise ValueError("the members of an Ensemble must know the same of the student's classes, and these do not: leave out those that know fewer")
+        if len({None if o is None else tuple(o.keep.tolist()) for o in self.teachers.map(lambda t: getattr(t, 'shared', None))})>1: raise ValueError("the members of an Ensemble must know the same of the student's classes, and these do not: leave out those that know fewer")
         return self
     @property
     def shared(self): return getattr(self.teachers[0], 'shared', None)

@@ -64,7 +64,7 @@ def frozen(l, cb): l.freeze(); l.fit(2, 1e-2, cbs=cb)
 ways = dict(
     adam_one_cycle_slice=(one_cycle, {}, ()), sgd_momentum=(flat, dict(opt_func=partial(SGD, mom=.9)), ()), sgd=(flat, dict(opt_func=SGD), ()),
     accumulation=(one_cycle, {}, (lambda: GradientAccumulation(50),)), fine_tune=(fine, {}, ()), two_fits=(twice, {}, ()), frozen=(frozen, {}, ()),
-    ranger=(flat, dict(opt_func=ranger), ()), clip=(one_cycle, {}, (lambda: GradientClip(.1),)),
+    ranger=(flat, dict(opt_func=ranger), ()),
     scaled=(one_cycle, {}, (CPUMixed,)), scaled_overflow=(flat, {}, (lambda: CPUMixed(2.**127),)),
     scaled_accumulation=(one_cycle, {}, (CPUMixed,lambda: GradientAccumulation(50))))
 

@@ -219,7 +219,7 @@ class TestWeights:
         (y,w),t = o.yb,asks(teacher, o.x)
         has = y>=0
         l = get_loss(nm, ignore_index=-100 if nm=='dkd' else None, reduction='none')
-        check(o, lambda z: .5*(w[has]*F.cross_entropy(z[has], y[has], reduction='none')).sum()/w[has].sum()+.5*(w*call_loss(l, z, t, y)).sum()/w.sum())
+        check(o, lambda z: .5*(w[has]*F.cross_entropy(z[has], y[has], reduction='none')).sum()/w[has].sum()+.5*(w*call_loss(l, z, t, y)).sum()/(w[has] if nm=='dkd' else w).sum())
 
     def test_values(self):
         o,_ = seen(make(value_w, RegressionBlock, True), reg)

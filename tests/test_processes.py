@@ -158,8 +158,9 @@ def alone_in(rank, f, d, port, patience):
 def test_nobody_waits_for_ever(tmp_path, f, says):
     "A process that went another way or died is noticed by the other one"
     port = free_port()
-    ps = [fork(alone_in, r, f, tmp_path, port, 2.) for r in range(2)]
-    for p in ps: p.join(60)
+    # where both are expected, a slow machine may take its time
+    ps = [fork(alone_in, r, f, tmp_path, port, 2. if 'waited 2 s' in says else 60.) for r in range(2)]
+    for p in ps: p.join(120)
     hang = [p for p in ps if p.is_alive()]
     for p in hang: p.kill()
     assert not hang

@@ -41,7 +41,14 @@ def teacher_id(
         _note(*(type(m).__qualname__ for m in p.model.modules()))
         for k,v in sorted(p.model.state_dict().items()): _note(k, *((v.dtype, tuple(v.shape)) if isinstance(v, Tensor) else ()), v)
         _note(p.size, p.dtype, _named(p.output), _named(p.input_tfm), p.idx, *(p.norm or ()), *(v for f in p.match if f is not None for v in f.state_dict().values()))
-    if hasattr(teacher, 'log_w'): _note(teacher.log_w, *getattr(teacher, 'ids', ()))
+    def _mix(t):
+        if not hasattr(t, 'log_w'): return
+        _note(t.log_w, *getattr(t, 'ids', ()))
+        for i,o in enumerate(t.teachers):
+            if hasattr(o, 'log_w'):
+                _note(i)
+                _mix(o)
+    _mix(teacher)
     return dict(name=repr(teacher), hash=h.hexdigest())
 
 def answer_shape(
