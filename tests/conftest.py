@@ -1,6 +1,7 @@
 "What several tests share: one copy of the project to build in, so that the checkout is never touched"
-import os,shutil,subprocess,sys
+import multiprocessing,os,shutil,subprocess,sys
 from pathlib import Path
+os.environ.setdefault('OMP_NUM_THREADS', '1') # small tensors: more threads are slower, and fight for the cores
 import pytest
 
 root = Path(__file__).resolve().parent.parent
@@ -15,9 +16,24 @@ def run(*cmd, cwd, ok=True, **env):
     exe = Path(sys.executable).parent/cmd[0]
     env = {**os.environ, 'PYTHONPATH':str(cwd), 'OMP_NUM_THREADS':'1', 'MPLBACKEND':'agg', 'PYTHONDONTWRITEBYTECODE':'1', **env}
     cmd = [str(exe) if exe.exists() else cmd[0], *map(str, cmd[1:])]
-    r = subprocess.run(cmd, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    r = subprocess.run(cmd, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=3600)
     if ok and r.returncode: pytest.fail(f"`{' '.join([exe.name, *cmd[1:]])}` ended with {r.returncode}\n{r.stdout[-20000:]}", pytrace=False)
     return r
+
+def start(f, *args):
+    "Begin `f(*args)` in a clean process: one forked from here hangs as soon as torch has used its threads"
+    ctx = multiprocessing.get_context('forkserver' if os.name=='posix' else 'spawn')
+    if os.name=='posix': ctx.set_forkserver_preload(['fastai.vision.all'])
+    p = ctx.Process(target=f, args=args, daemon=True)
+    p.start()
+    return p
+
+def ended(p, within=300):
+    "Wait for a process of `start`; one that hangs is killed, and the test fails"
+    p.join(within)
+    if not p.is_alive(): return p
+    p.kill()
+    pytest.fail(f'a process hangs after {within} s')
 
 def files(d, sub='.', pat='*'):
     "Relative paths of the files in `d/sub`, caches left out"

@@ -1,11 +1,11 @@
 "Two processes on the CPU give what one gives, or end together with the reason"
-import multiprocessing,socket,subprocess,sys
+import socket,subprocess,sys
 from functools import lru_cache
 import pytest
 pytest.importorskip('accelerate')
 from _ddp import *
 import _ddp,fastkd.ranks
-from conftest import root
+from conftest import ended,root,start
 
 script = Path(_ddp.__file__)
 
@@ -16,7 +16,9 @@ def launch(what, d, *cmd):
     try: return p.communicate(timeout=240)[0],p.returncode
     except subprocess.TimeoutExpired:
         p.terminate() # the launcher ends its processes, then
-        pytest.fail(f"the processes hang:\n{p.communicate()[0][-5000:]}")
+        try: out = p.communicate(timeout=60)[0]
+        except subprocess.TimeoutExpired as e: out = (e.output or b'').decode()
+        pytest.fail(f"the processes hang:\n{out[-5000:]}")
 torchrun = sys.executable,'-m','torch.distributed.run','--standalone','--nproc_per_node','2'
 # `--cpu --num_processes 2` starts one process, unless there is MPI; this starts two, and `distrib_ctx(cpu=True)` keeps them off GPUs
 def free_port():
@@ -28,11 +30,6 @@ accelerate = sys.executable,'-m','accelerate.commands.launch','--multi_gpu','--n
 def share(rank, n, path):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(n))
     precompute(teacher(), path)
-def fork(f, *args):
-    p = multiprocessing.get_context('fork').Process(target=f, args=args)
-    p.start()
-    return p
-
 
 @pytest.fixture(scope='module')
 def both(tmp_path_factory):
@@ -40,7 +37,7 @@ def both(tmp_path_factory):
     d = tmp_path_factory.mktemp('ranks')
     saving(d, 'one')
     # a third of a store, by another number of processes
-    fork(share, 1, 3, d/'partly').join()
+    ended(start(share, 1, 3, d/'partly'))
     assert len(TargetStore(d/'partly'))==23
     out,rc = launch('main', d, *torchrun)
     assert all((d/f'{r}.pt').exists() for r in range(2)), out[-5000:]
@@ -159,21 +156,16 @@ def test_nobody_waits_for_ever(tmp_path, f, says):
     "A process that went another way or died is noticed by the other one"
     port = free_port()
     # where both are expected, a slow machine may take its time
-    ps = [fork(alone_in, r, f, tmp_path, port, 2. if 'waited 2 s' in says else 60.) for r in range(2)]
-    for p in ps: p.join(120)
-    hang = [p for p in ps if p.is_alive()]
-    for p in hang: p.kill()
-    assert not hang
+    for p in [start(alone_in, r, f, tmp_path, port, 2. if 'waited 2 s' in says else 60. if f is is_killed else 5.) for r in range(2)]: ended(p)
     assert re.match(f'(?s){says}', (tmp_path/'0.txt').read_text()), (tmp_path/'0.txt').read_text()
 
 def test_opened_before_the_others_were_done(tmp_path):
     "A store that a process opened when others had not written their share yet is looked at again"
-    p = fork(share, 0, 2, tmp_path/'s')
-    p.join()
+    ended(start(share, 0, 2, tmp_path/'s'))
     s = TargetStore(tmp_path/'s')
     assert len(s)==35
     with pytest.raises(ValueError, match='24 of 48 training items have no stored answer'): fit(make(), KD(s))
-    fork(share, 1, 2, tmp_path/'s').join()
+    ended(start(share, 1, 2, tmp_path/'s'))
     assert gap(weights(fit(make(), KD(s)).model), kd_w())<1e-5
 
 # -- one process, several devices

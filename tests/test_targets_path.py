@@ -7,6 +7,7 @@ from fastkd.targets.kinds import decode,encode
 from fastkd.test_utils import *
 import copy,inspect,json,os,subprocess,sys,warnings
 import numpy as np,pytest
+from conftest import ended,start
 
 # fastai brings fastcore's test helpers, which pytest would take for tests
 for k in [k for k in globals() if k.startswith('test')]: del globals()[k]
@@ -340,7 +341,7 @@ def test_bad_answers(toy, tmp_path):
         with pytest.raises(ValueError): pre(t, dls, tmp_path/'t', **kw)
     assert not (tmp_path/'t').exists()
 
-def share(rank, path, late):
+def share(rank, path):
     os.environ.update(RANK=str(rank), WORLD_SIZE='2')
     dls,t,s,lf = data('softmax')
     pre(t, dls, path)
@@ -348,15 +349,12 @@ def share(rank, path, late):
 @pytest.mark.parametrize('late', [False,True])
 def test_two_ranks(toy, tmp_path, late):
     "Each process its share, read as one store; one that comes late takes no more"
-    import multiprocessing
     dls,t,s,lf = toy
-    ps = [multiprocessing.get_context('fork').Process(target=share, args=(r, tmp_path/'s', late)) for r in range(2)]
-    for p in ps:
-        p.start()
-        if late: p.join()
-    for p in ps:
-        p.join()
-        assert p.exitcode==0
+    ps = []
+    for r in range(2):
+        ps.append(start(share, r, tmp_path/'s'))
+        if late: ended(ps[-1])
+    for p in ps: assert ended(p).exitcode==0
     store = TargetStore(tmp_path/'s')
     assert len(store)==40 and sorted(len(o.keys) for o in store.parts)==[20,20]
     close(answers(store, dls), t(xs(range(40))))
