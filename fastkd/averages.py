@@ -7,7 +7,8 @@ Docs: https://fastkd.github.io/fastkd/averages.html.md"""
 # %% auto #0
 __all__ = ['EMATeacher', 'TTATeacher', 'validate_teacher']
 
-# %% ../nbs/33_averages.ipynb #e7493416
+# %% ../nbs/33_averages.ipynb #eeac8443
+from contextlib import contextmanager
 from copy import deepcopy
 from numbers import Real
 from fastai.basics import *
@@ -184,7 +185,19 @@ class TTATeacher(Ensemble):
         return self.mean([self.teachers[0](*xb)]+[self._ask(f, b, xb) for f,b in self.tfms])
     def __repr__(self): return f"TTATeacher({self.teachers[0]}, {len(self.tfms)} further versions)"
 
-# %% ../nbs/33_averages.ipynb #765a93bb
+# %% ../nbs/33_averages.ipynb #80ca9a9e
+@contextmanager
+def _borrowed(t):
+    "The teacher may be bound and released inside; afterwards it is as it was, at work in a fit, too"
+    def _all(o): return [o,*(p for t in getattr(o, 'teachers', getattr(o, 'parts', ())) if t is not o for p in _all(t))]
+    was = [(o,dict(vars(o))) for o in _all(t)]
+    try: yield t
+    finally:
+        t.release()
+        for o,d in was:
+            vars(o).clear()
+            vars(o).update(d)
+
 class _Answers(nn.Module):
     "A teacher as the model of a Learner"
     def __init__(self, t, device):
@@ -199,16 +212,9 @@ def validate_teacher(
 )->dict: # Value by name: 'valid_loss' and the Learner's metrics
     "How good a teacher is where the student is measured, lined up with it as in training"
     t,(kind,kw) = as_teacher(teacher),loss_family(learn.loss_func)
-    was = [(o,dict(vars(o))) for o in (t,*t.parts)]
-    try:
+    with _borrowed(t):
         t.bind(learn, kind or 'regress', kw.get('axis', 1))
         if getattr(t, 'shared', None) is not None: raise ValueError("this teacher does not know all classes of the validation set, so these metrics cannot be had of it")
         sub = Learner(learn.dls, _Answers(t, first(learn.model.parameters()).device), loss_func=learn.loss_func, metrics=deepcopy(learn.metrics))
         sub.remove_cb(ProgressCallback)
         return dict(zip(['valid_loss',*sub.metrics.attrgot('name')], sub.validate()))
-    finally:
-        t.release()
-        # it may be at work in a fit
-        for o,d in was:
-            vars(o).clear()
-            vars(o).update(d)

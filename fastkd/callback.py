@@ -9,15 +9,16 @@ __all__ = ['KnowledgeDistillation']
 
 # %% ../nbs/40_callback.ipynb #5017667b
 from fastai.basics import *
-from contextlib import nullcontext
 from fastai.callback.training import GradientAccumulation
 from fastai.callback.mixup import MixHandler
 from .columns import _Columns,_Mean,StepClock
 from .core import *
 from .cotrain import *
+from .grad_share import *
 from .losses.all import *
 from .preflight import *
 from .ranks import *
+from .response import *
 from .task import *
 from .teacher import *
 from .targets.data import *
@@ -33,7 +34,7 @@ def _in_fit(learn):
     while f is not None and not (f.f_code is Learner.fit.__code__ and f.f_locals.get('self') is learn): f = f.f_back
     return f is not None
 
-class KnowledgeDistillation(Preflight, _Columns, Callback):
+class KnowledgeDistillation(Preflight, Response, GradShare, _Columns, Callback):
     "Train the Learner on its own loss and on a teacher's answers (Hinton et al. 2015, arXiv:1503.02531)"
     order,run_valid,_only_train_loop = GradientAccumulation.order-1,False,True
     _learn,_ready,_idle,_inside,_cols,_checked,_answer,_mix,_labelled = None,False,False,False,(),None,None,None,False
@@ -51,14 +52,14 @@ class KnowledgeDistillation(Preflight, _Columns, Callback):
         pred_kd=None, # Index, key or callable: the part of a tuple or dict prediction to distil; None: worked out (DeiT: the second)
         cache=None, # Folder where the teacher's answers are stored as training goes, so that it runs once per item
         views:int|None=None, # With `cache`: augmented versions of each item, which training replays; None: training items have no random transforms
-        log=True # Add columns to the training table: `task_loss`, and `kd_loss` without the factor T² where the whole loss has it? 'cost': and `teacher_share`, the teacher's part of the time of a step
+        log=True # Add columns to the training table: `task_loss`, and `kd_loss` without its factor T²? 'cost': and the teacher's share of the time, 'grad': and of the gradient, 'cost,grad': both
     ):
         if loss is not None: get_loss(loss)
         if T is not None and not callable(T): check_T(T)
         if not callable(alpha): check_weight('alpha', alpha, 1)
         if task_weight is not None: check_weight('task_weight', task_weight)
         check_window(start, stop)
-        if log not in (True,False,'cost'): raise ValueError(f"`log` must be True, False or 'cost', got {log!r}")
+        if log not in (True,False,'cost','grad','cost,grad'): raise ValueError(f"`log` must be True, False, 'cost', 'grad' or 'cost,grad', got {log!r}")
         # not under the parameter's name: loggers that store a callback's parameters would store the model
         self._teacher,self._loss,self.terms = as_source(teacher, cache, views),loss,Terms(terms)
         if check_weight('teacher_weight', teacher_weight): self._teacher = CoTrained(self._teacher, teacher_weight)
@@ -119,6 +120,7 @@ class KnowledgeDistillation(Preflight, _Columns, Callback):
         self._check_trackers()
         if isinstance(self.start, int) and self.start>=learn.n_epoch>0 and self.start: warn(f"`start={self.start}` is an epoch, and this fit ends before it with {learn.n_epoch}: nothing is distilled")
         with ranks_agree('KnowledgeDistillation', partial(rank_facts, self), learn): self._setup()
+        self._begin_share()
         if not self.log: return
         self._cols = self._make_cols()
         learn.metrics = learn.metrics+self._cols
@@ -147,13 +149,14 @@ class KnowledgeDistillation(Preflight, _Columns, Callback):
 
     def before_batch(self):
         if self._idle: return
-        if self.log=='cost': self._clock.start('step', self._device)
+        if self._logs('cost'): self._clock.start('step', self._device)
         if self._stored: self._teacher.before_batch()
         self.terms.arm()
 
     def after_pred(self):
         learn = self._learn
-        if self._idle or len(learn.yb): return
+        if len(learn.yb): return
+        if self._idle: raise ValueError("`lr_find` measures the Learner's own loss, and this batch has no labels to compute it from: find the learning rate with a Learner on labelled data")
         if not self._ready: self._setup()
         alpha,w = self._weights()
         if self._needs_labels: raise ValueError(f"this batch has no labels, which {self._kd} needs: label it, or use a loss that does without, such as 'kd'")
@@ -176,6 +179,7 @@ class KnowledgeDistillation(Preflight, _Columns, Callback):
             pred = self._pred(learn.pred)
             if alpha: kd = self._compare(pred, teach, learn.yb, self._mix)
             if self.terms and self._on: terms,more = self.terms.now(learn, pred, teach, self._mix)
+            self._note_grad(task, kd, alpha, w, terms)
             if self.teacher_weight: more = more+self.teacher_weight*self._teach_itself()
         if alpha or w!=1 or terms or self.teacher_weight:
             # added, not interpolated: what other callbacks put into `loss_grad` keeps its weight
@@ -191,10 +195,12 @@ class KnowledgeDistillation(Preflight, _Columns, Callback):
         self.terms.zero_grad()
         if self._learns: self._teacher.zero_grad()
     def after_batch(self):
-        if self.log=='cost': self._clock.stop('step', self._device)
+        if self._logs('cost'): self._clock.stop('step', self._device)
     def after_train(self):
         self.terms.off()
-        if not self._idle: share_means([self._means[k] for k in sorted(self._means)], self._learn)
+        if self._idle: return
+        self._judge()
+        share_means([self._means[k] for k in sorted(self._means)], self._learn)
 
     def after_fit(self):
         if not self._inside: self.teardown()
@@ -238,78 +244,10 @@ class KnowledgeDistillation(Preflight, _Columns, Callback):
 
     @property
     def _learns(self): return getattr(self._teacher, 'learns', False)
-    @property
-    def _device(self): return self._learn.dls.device if self._learn.dls.device is None else torch.device(self._learn.dls.device)
-
     def _teach_itself(self):
         loss = self._teacher.loss(self._learn)
         if self.log: self._means['teacher_loss'].add(loss, find_bs(self._learn.yb))
         return loss
-
-    def _ask(self):
-        if self.log!='cost': return self._answers()
-        self._clock.start('teacher', self._device)
-        res = self._answers()
-        self._clock.stop('teacher', self._device)
-        return res
-
-    def _answers(self):
-        learn = self._learn
-        # what is stored was checked when it was
-        if self._stored: return self._teacher(*learn.xb, T=self._T_mods[0].T if self._T_mods else 1.)
-        res = self._teacher(*learn.xb)
-        for t in res.values() if isinstance(res, dict) else (res,):
-            # the sum is quick to look at, but may overflow by itself
-            if not isinstance(t, Tensor) or not t.is_floating_point(): continue
-            if not math.isfinite(t.sum(dtype=torch.float32).item()) and not torch.isfinite(t).all(): self._not_finite(t)
-        return res
-
-    def _not_finite(self, t):
-        learn = self._learn
-        raise ValueError(f"the teacher's answer to batch {learn.iter} of epoch {learn.epoch} is not finite: {int((~torch.isfinite(t)).sum())} of {t.numel()} values; check its inputs (normalisation) and precision (`Teacher(dtype=torch.float32)`)")
-
-    def _pred(self, pred):
-        if self._whole: return pred
-        if not isinstance(pred, Tensor) or callable(self.pred_kd):
-            deit = self.pred_kd is None and isinstance(pred, tuple) and len(pred)==2 and all(isinstance(o, Tensor) and o.shape==pred[1].shape for o in pred)
-            pred = pick_output(pred, 1 if deit else self.pred_kd, 'the student', 'KnowledgeDistillation(teacher, pred_kd=...)')
-        return pred if self._shared is None else self._shared.pred(pred)
-
-    def _compare(self, pred, teach, yb, mix=None):
-        w,yb = self._item_weights(yb),yb[:1] if self._labelled else yb
-        mixed = mix is not None and self._needs_labels
-        each = mixed or w is not None
-        with NoneReduce(self._kd) if each else nullcontext(self._kd) as f:
-            if not self._needs_targ: kd = f(pred, teach)
-            elif not mixed: kd = f(pred, teach, targ=self._targ(yb[0], teach) if len(yb)==1 else yb)
-            # a mixed item has two labels: the loss is mixed as MixUp mixes the task's
-            else: kd = torch.lerp(*[f(pred, teach, targ=self._targ(y, teach)) for y in (mix.yb1[0],yb[0])], mix.lam.float())
-        if each:
-            n = self._counts(yb, teach, mix if mixed else None, kd)
-            kd = (kd if w is None else w*kd).sum()/(n if w is None else w*n).sum().clamp_min(1e-8)
-        if kd.ndim: raise ValueError(f"the loss must return one number, got {tuple(kd.shape)}; use `reduction='mean'`")
-        return kd
-
-    def _counts(self, yb, teach, mix, kd):
-        "Which items the loss counts: for one that needs labels, those that have one"
-        mods = self._kd.modules() if isinstance(self._kd, nn.Module) else ()
-        ignore = -100 if self._shared is not None else first(m.ignore_index for m in (self._labelled,*mods) if getattr(m, 'ignore_index', None) is not None)
-        if not self._needs_labels or len(yb)!=1 or ignore is None or kd.ndim!=1: return torch.ones_like(kd)
-        has = lambda y: is_labelled(self._targ(y, teach), ignore).float()
-        return has(yb[0]) if mix is None else torch.lerp(has(mix.yb1[0]), has(yb[0]), mix.lam.float())
-
-    def _item_weights(self, yb):
-        "The second target of a `LabelledLoss`; None: all items count alike"
-        return yb[1].as_subclass(Tensor).float() if self._labelled and len(yb)==2 else None
-
-    def _targ(self, y, z, drop=None):
-        # labels of a table are a column, which fastai's losses flatten
-        if self._kind=='softmax' and isinstance(z, Tensor) and y.ndim==z.ndim and y.shape[self._axis]==1: y = y.squeeze(self._axis)
-        return y if self._shared is None else self._shared.targ(y, self._ignore, ifnone(drop, self._needs_labels))
-
-    def _set_T(self, T):
-        check_T(T)
-        for m in self._T_mods: m.T = T
 
     # -- copies: an export holds a plain `Callback`, so it loads without this library and without the teacher
     def __reduce_ex__(self, protocol): return Callback,()

@@ -58,11 +58,13 @@ class StepClock:
 # %% ../nbs/37_columns.ipynb #2aaf8b8f
 class _Columns:
     "The columns of `KnowledgeDistillation`"
+    def _logs(self, what): return isinstance(self.log, str) and what in self.log
     def _make_cols(self):
         nms = ['labelled']*bool(self._labelled)+['task_loss','kd_loss']+[f'kd_{k}' for k in ('alpha','T') if callable(getattr(self,k))]+self.terms.names
         cols = [_Column(partial(self._mean, nm), nm) for nm in nms+['teacher_loss']*(self.teacher_weight>0)]
         if self.teacher_weight: cols += self._teacher.metrics(self._learn)
-        if self.log=='cost': cols.append(_Column(partial(self._clock.share, 'teacher', 'step'), 'teacher_share'))
+        if self._logs('grad'): cols += self._grad_cols()
+        if self._logs('cost'): cols.append(_Column(partial(self._clock.share, 'teacher', 'step'), 'teacher_share'))
         return cols
 
     def _note(self, task, kd, alpha, terms=()):

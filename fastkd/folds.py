@@ -7,21 +7,26 @@ Docs: https://fastkd.github.io/fastkd/folds.html.md"""
 # %% auto #0
 __all__ = ['fold_of', 'out_of_fold']
 
-# %% ../nbs/44_folds.ipynb #75b29762
-import shutil
+# %% ../nbs/44_folds.ipynb #abf42d80
+import inspect,shutil,weakref
 from fastai.basics import *
 from fastai.data.all import *
 from fastprogress.fastprogress import progress_bar
 from hashlib import blake2b
-from sklearn.model_selection import KFold,StratifiedKFold
 from .labels import *
 from .labels import _targets
+from .teacher import *
 from .targets.all import *
 from .targets.files import digest
-from .targets.precompute import _average
+from .targets.precompute import _average,_check_random
 from .targets.write import _copy
 
-# %% ../nbs/44_folds.ipynb #4063133f
+# %% ../nbs/44_folds.ipynb #18218d9e
+def _classes(dl):
+    "Class of each item, negative where it has no label; None: no classes"
+    y = [np.asarray(o).reshape(-1) for o in first(_targets(dl)) or ()]
+    return np.concatenate(y) if y and all(o.size==1 and np.issubdtype(o.dtype, np.integer) for o in y) else None
+
 def fold_of(
     dl, # Training `DataLoader`
     n_folds:int=5, # Folds, at least 2
@@ -29,21 +34,13 @@ def fold_of(
     keys=None # Of the items, `(n,)`: those of one key go into one fold; None: each item by itself
 )->np.ndarray: # Number of the fold of each item
     "Split items into folds, with about the same share of each class where there are classes (an item without label has one of its own)"
-    n = len(dl.dataset)
-    keys = np.arange(n) if keys is None else keys
-    _,i,inv = np.unique(keys, return_index=True, return_inverse=True)
+    _,i,inv = np.unique(np.arange(len(dl.dataset)) if keys is None else keys, return_index=True, return_inverse=True)
     if isinstance(n_folds, bool) or not isinstance(n_folds, int) or not 2<=n_folds<=len(i): raise ValueError(f"`n_folds` must be a number from 2 to that of the different training items, {len(i)}, got {n_folds!r}")
-    ys,res = _targets(dl),np.empty(len(i), int)
-    y = [np.asarray(o).reshape(-1) for o in ys[0]] if ys else [np.zeros(1)]
-    classes = all(o.size==1 and np.issubdtype(o.dtype, np.integer) for o in y) and len(ys)>0
+    lab,res = _classes(dl),np.empty(len(i), int)
+    # dealt out like cards, class by class
     o = np.argsort(i)
-    lab = np.concatenate([y[j] for j in i[o]]) if classes else np.zeros(len(i), int)
-    few = np.unique(lab, return_counts=True)[1].max()<n_folds
-    cv = (KFold if few or not classes else StratifiedKFold)(n_folds, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        # a class with fewer items than folds is in some of them
-        warnings.simplefilter('ignore')
-        for k,(_,held) in enumerate(cv.split(lab, lab)): res[o[held]] = k
+    by_class = np.lexsort((np.random.RandomState(seed).permutation(len(i)), np.zeros(len(i)) if lab is None else lab[i[o]]))
+    res[o[by_class]] = np.arange(len(i))%n_folds
     return res[inv.reshape(-1)]
 
 # %% ../nbs/44_folds.ipynb #fc19f30b
@@ -65,6 +62,20 @@ def _fold_dls(dls, rest, held, has):
     small = trn.bs is not None and len(rest)<trn.bs
     return DataLoaders(_part(trn, rest, **(dict(drop_last=False) if small else {})), _part(trn, held, val) if val is not None else _part(trn, held, trn, shuffle=False, drop_last=False), path=dls.path, device=dls.device)
 
+def _check_classes(dl, fold):
+    "Does each teacher see all classes, and more than one?"
+    lab,voc = _classes(dl),get_vocab(dl)
+    if lab is None or voc is None: return
+    has,name = lab>=0,lambda ks: ', '.join(repr(str(voc[k])) for k in ks[:5])+(', ...' if len(ks)>5 else '')
+    if not has.any(): raise ValueError("no training item has a label, so no teacher can be trained on these data")
+    if len(all_:=np.unique(lab[has]))<2: raise ValueError(f"all labelled training items are of the class {name(all_)}: a teacher has nothing to learn from one class, label items of another one, too")
+    lost = []
+    for k in range(fold.max()+1):
+        seen = np.unique(lab[has&(fold!=k)])
+        lost += [c for c in np.unique(lab[has&(fold==k)]) if c not in seen]
+        if len(seen)<2: raise ValueError(f"without fold {k} the labelled items are of {f'the class {name(seen)} alone' if len(seen) else 'no class'}, and its teacher could learn nothing: each class needs at least two items (different ones), {name(lost)} has one. Label more, or take one teacher for all (`precompute_targets`, or `n_folds=1` of `small_data_targets`)")
+    if lost: warn(f"of {len(lost)} of {len(all_)} classes there is one item only ({name(lost)}): the teacher of its fold has never seen its class, and will teach it as another one. Add items to these classes, or leave these items out")
+
 def _check_seen(teacher, held_keys, dls, key, k):
     "Has this teacher seen what it is to teach?"
     own = getattr(teacher, 'dls', None)
@@ -78,7 +89,7 @@ def _opened(path, key): return TargetStore(path, key) if (Path(path)/'manifest.j
 
 def _fold_table(store, keys, fold):
     acc = store.fields(find_rows(store, keys)[0], ['acc'])['acc']
-    rows = [dict(fold=k, trained_on=int((fold!=k).sum()), taught=int((fold==k).sum()), accuracy=(acc[(fold==k)&(acc>0)]-1.).mean()/100 if (acc[fold==k]>0).any() else float('nan')) for k in range(fold.max()+1)]
+    rows = [dict(fold=k, trained_on=int((fold!=k).sum()) or len(fold), taught=int((fold==k).sum()), accuracy=(acc[(fold==k)&(acc>0)]-1.).mean()/100 if (acc[fold==k]>0).any() else float('nan')) for k in range(fold.max()+1)]
     return pd.DataFrame(rows).set_index('fold')
 
 def _join(parts, path, tid, keys, fold, val_keys):
@@ -97,6 +108,64 @@ def _join(parts, path, tid, keys, fold, val_keys):
             w.put(val, _average([p.get(r) for p,r in zip(parts, rows)], s['task'], ax), 0, 0, parts[0].fields(rows[0], ['xsum'])['xsum'])
     return store.refresh()
 
+def _check_new(teacher, made, k):
+    "Is this a model that none of the other folds has trained?"
+    if isinstance(teacher, (str,Path)): return
+    ms = as_teacher(teacher).models
+    if any(r() is m for r in made for m in ms): raise ValueError(f"`make_teacher` returned for fold {k} a model that it had returned before, which has seen other folds: it trains a new teacher, from new weights, on the `dls` that it gets")
+    made += [weakref.ref(m) for m in ms]
+
+def _tag(keys, fold, note): return blake2b(np.stack([keys,fold.astype(np.uint64)])[:,np.argsort(keys, kind='stable')].tobytes()+note.encode(), digest_size=8).hexdigest()
+
+def _teach(make_teacher, dls, path, n_folds, seed, bar, note='', **kwargs):
+    "Answers of one teacher per fold, or of a single one where `n_folds` is 1; `note`: what else tells this store from others"
+    path,key,single = Path(path),kwargs.get('key'),n_folds==1 and not isinstance(n_folds, bool)
+    if not callable(make_teacher) or isinstance(make_teacher, (Learner,nn.Module)): raise TypeError(f"`make_teacher` is a function that trains a new teacher on the DataLoaders it gets, `make_teacher(dls)`, got {type(make_teacher).__name__}")
+    if num_distrib()>1: raise ValueError("the teachers are trained in one process: run this before, and give its store to all of them")
+    trn = plain_dl(dls.train) if isinstance(dls.train, TrackedDL) else dls.train
+    dls = DataLoaders(trn, *[plain_dl(o) if isinstance(o, TrackedDL) else o for o in dls.loaders[1:]], path=dls.path, device=dls.device)
+    # nothing is trained for answers that could not be stored
+    inspect.signature(precompute_targets).bind_partial(**kwargs)
+    _check_random(trn, **{k:v for k,v in kwargs.items() if k in ('views','tta','stale_ok')})
+    fields_of(shape=(1000,), **{'kind':'dense', **{k:v for k,v in kwargs.items() if k in ('kind','T','k','tail','dtype')}})
+    keys = item_keys(trn, dls.path, key)
+    fold,has = np.zeros(len(keys), int) if single else fold_of(trn, n_folds, seed, keys),has_label(trn)
+    if not single: _check_classes(trn, fold)
+    tag = _tag(keys, fold, note)
+    # sparse rows have no mean, and augmented versions are for training
+    val = np.concatenate([np.zeros(0, np.uint64), *([] if kwargs.get('views') or kwargs.get('kind')=='sparse' else [item_keys(o, dls.path, key) for o in dls.loaders[1:2]])])
+    val = np.setdiff1d(val, keys)
+    if (done:=_opened(path, key)) is not None:
+        if done.manifest['teacher'].get('folds')!=tag: raise ValueError(f"the targets stored at {str(path)!r} are not those of these items in {n_folds} fold{'s'*(n_folds>1)} with `seed={seed}`{f' and these settings ({note})' if note else ''}: choose another path or delete them")
+        if (o:={k:v for k,v in done.spec.items() if k in ('kind','T','k','tail','dtype') and kwargs.get(k, v)!=v}): raise ValueError(f"the targets stored at {str(path)!r} have {', '.join(f'{k}={v!r}' for k,v in o.items())}, not {', '.join(f'{k}={kwargs[k]!r}' for k in o)}: choose another path or delete them")
+        if _has(done, np.concatenate([np.unique(keys), val])): return _with_folds(done, keys, fold)
+    parts,made = [],[]
+    for k in bar(range(n_folds)):
+        p = path.with_name(f'{path.name}.{tag}-{k}')
+        held = np.flatnonzero(fold==k)
+        store = _opened(p, key)
+        # what an interrupted run has left
+        if store is None or not _has(store, np.concatenate([np.unique(keys[held]), val])):
+            # answers of another training cannot be added to
+            if store is not None: shutil.rmtree(p)
+            with no_random(seed+k, reproducible=False):
+                fdls = dls if single else _fold_dls(dls, np.flatnonzero(fold!=k), held, has)
+                teacher = make_teacher(fdls)
+            _check_new(teacher, made, k)
+            if not single: _check_seen(teacher, keys[held], fdls, key, k)
+            store = precompute_targets(teacher, DataLoaders(_part(trn, held), *dls.loaders[1:2], path=dls.path, device=dls.device), p, bar=noop, **kwargs)
+        if (o:=first(i for i,q in enumerate(parts) if q.manifest['teacher']['hash']==store.manifest['teacher']['hash'])) is not None: raise ValueError(f"`make_teacher` returned the same weights for the folds {o} and {k}: it trains a new teacher on the `dls` that it gets")
+        parts.append(store)
+    ids = [q.manifest['teacher'] for q in parts]
+    tid = {**ids[0], 'folds':tag} if single else dict(name=f"{n_folds} teachers, each for the items that it has not seen: {ids[0]['name']}", hash=blake2b(''.join(o['hash'] for o in ids).encode(), digest_size=16).hexdigest(), folds=tag)
+    res = _join(parts, path, tid, keys, fold, val)
+    for q in parts: shutil.rmtree(q.path)
+    return _with_folds(res, keys, fold)
+
+def _with_folds(store, keys, fold):
+    store.folds = _fold_table(store, keys, fold)
+    return store
+
 @delegates(precompute_targets, but='teacher,dls,seed,bar')
 def out_of_fold(
     make_teacher, # Function that trains a new teacher on the `DataLoaders` it is given, and returns it
@@ -108,40 +177,5 @@ def out_of_fold(
     **kwargs
 ): # `TargetStore`, with a table of the folds as its `folds`
     "Store answers of `n_folds` teachers, each to the items that it was not trained on, and the mean of all of them to validation items"
-    path,key = Path(path),kwargs.get('key')
-    if not callable(make_teacher) or isinstance(make_teacher, (Learner,nn.Module)): raise TypeError(f"`make_teacher` is a function that trains a new teacher on the DataLoaders it gets, `make_teacher(dls)`, got {type(make_teacher).__name__}")
-    if num_distrib()>1: raise ValueError("`out_of_fold` trains its teachers in one process: run it before, and give its store to all of them")
-    trn = plain_dl(dls.train) if isinstance(dls.train, TrackedDL) else dls.train
-    dls = DataLoaders(trn, *[plain_dl(o) if isinstance(o, TrackedDL) else o for o in dls.loaders[1:]], path=dls.path, device=dls.device)
-    keys = item_keys(trn, dls.path, key)
-    fold,has = fold_of(trn, n_folds, seed, keys),has_label(trn)
-    tag = blake2b(keys[np.argsort(keys, kind='stable')].tobytes()+fold[np.argsort(keys, kind='stable')].astype('<i8').tobytes(), digest_size=8).hexdigest()
-    # sparse rows have no mean, and augmented versions are for training
-    val = np.concatenate([np.zeros(0, np.uint64), *([] if kwargs.get('views') or kwargs.get('kind')=='sparse' else [item_keys(o, dls.path, key) for o in dls.loaders[1:2]])])
-    val = np.setdiff1d(val, keys)
-    if (done:=_opened(path, key)) is not None:
-        if done.manifest['teacher'].get('folds')!=tag: raise ValueError(f"the targets stored at {str(path)!r} are not those of these items in {n_folds} folds with `seed={seed}`: choose another path or delete them")
-        if _has(done, np.concatenate([np.unique(keys), val])): return _with_folds(done, keys, fold)
-    parts = []
-    for k in bar(range(n_folds)):
-        p = path.with_name(f'{path.name}.{tag}-{k}')
-        held,rest = np.flatnonzero(fold==k),np.flatnonzero(fold!=k)
-        store = _opened(p, key)
-        # what an interrupted run has left
-        if store is None or not _has(store, np.concatenate([np.unique(keys[held]), val])):
-            with no_random(seed+k, reproducible=False):
-                fdls = _fold_dls(dls, rest, held, has)
-                teacher = make_teacher(fdls)
-            _check_seen(teacher, keys[held], fdls, key, k)
-            store = precompute_targets(teacher, DataLoaders(_part(trn, held), *dls.loaders[1:2], path=dls.path, device=dls.device), p, bar=noop, **kwargs)
-        if (o:=first(i for i,q in enumerate(parts) if q.manifest['teacher']['hash']==store.manifest['teacher']['hash'])) is not None: raise ValueError(f"`make_teacher` returned the same weights for the folds {o} and {k}: it trains a new teacher on the `dls` that it gets")
-        parts.append(store)
-    ids = [q.manifest['teacher'] for q in parts]
-    tid = dict(name=f"{n_folds} teachers, each for the items that it has not seen: {ids[0]['name']}", hash=blake2b(''.join(o['hash'] for o in ids).encode(), digest_size=16).hexdigest(), folds=tag)
-    res = _join(parts, path, tid, keys, fold, val)
-    for q in parts: shutil.rmtree(q.path)
-    return _with_folds(res, keys, fold)
-
-def _with_folds(store, keys, fold):
-    store.folds = _fold_table(store, keys, fold)
-    return store
+    if n_folds==1: fold_of(dls.train, n_folds)
+    return _teach(make_teacher, dls, path, n_folds, seed, bar, **kwargs)

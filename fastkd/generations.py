@@ -12,6 +12,7 @@ from fastai.basics import *
 from fastai.callback.schedule import *
 from .averages import _copied
 from .callback import *
+from .inputs import *
 from .stages import *
 from .stages import _check_fit,_check_layers,_column,_table
 from .teacher import *
@@ -100,5 +101,7 @@ def fit_snapshots(
         kd = [KnowledgeDistillation(snaps[-1], **kwargs)] if teach and snaps else []
         with _column(learn, i+1, f'cycle {i+1}'): learn.fit_sgdr(1, cycle_len*cycle_mult**i, lr, cbs=[*kd,*L(cbs)])
         snaps.append(Teacher(_copied(learn.model).eval(), vocab=get_vocab(learn.dls), stats=get_stats(learn.dls)))
+        # token ids, category codes and scales mean what they mean to this Learner
+        snaps[-1].spec = input_spec(learn.dls)
         res.append(_table(learn, f'cycle {i+1}'))
     return Ensemble(snaps),pd.concat(res, ignore_index=True)

@@ -40,6 +40,7 @@ class MutualLoss(nn.Module):
 # %% ../nbs/43_mutual.ipynb #4e97b061
 class _Peers(Ensemble):
     "The other students, as they are now: their answers one by one, in eval mode"
+    changes = True
     def bind(self, learn, kind='softmax', axis=1, whole=False): return self
     def release(self): pass
     def reset(self): pass

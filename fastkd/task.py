@@ -136,7 +136,8 @@ class DistillationLoss(GetAttr):
         if not mods: raise ValueError(f"`T` was given, but {self.kd} has no temperature")
         for m in mods: m.T = T
 
-    def __call__(self, pred, y, t=None):
+    def __call__(self, pred, y, t=None, *more):
+        if more or (isinstance(t, Tensor) and t.ndim==1 and t.shape!=getattr(pred, 'shape', t.shape)): raise TypeError("these items have a weight beside their label, which `DistillationLoss` does not take: make the Learner with `LabelledLoss()` and train it with `KnowledgeDistillation`, which weighs both losses, or leave the weights out")
         task = self.task(pred, y)
         if t is None: return task
         if isinstance(self.kd, nn.Module): self.kd.to(item_find(pred).device)

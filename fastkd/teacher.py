@@ -52,7 +52,7 @@ class Teacher:
         if any(o.is_meta for o in model.state_dict().values() if isinstance(o, Tensor)): raise ValueError("the teacher's weights are on the device 'meta', which keeps none: load them first, `model.load_state_dict(state, assign=True)`")
         store_attr()
         self.fn = torch.compile(model) if compile and dtype!='auto' else model
-        self.shared,self._compiled,self._how,self._how_for,self.report,self._cl = None,None,None,None,None,False
+        self.shared,self._compiled,self._how,self._how_for,self.report,self._cl,self._moved = None,None,None,None,None,False,False
         self.idx,self.axis,self.whole,self.norm,self.match,self._mods,self._were_training = None,1,False,None,[],list(model.modules()),[]
 
     @classmethod
@@ -81,7 +81,10 @@ class Teacher:
         self.model.to(device)
         # a recurrent model's state does not move with it
         self.reset()
-        if self.channels_last or hasattr(learn, 'channels_last'): self.model.to(memory_format=torch.channels_last)
+        if self.channels_last or hasattr(learn, 'channels_last'):
+            # a model that is in this format already stays in it
+            self._moved = all(p.is_contiguous() for p in self.model.parameters())
+            self.model.to(memory_format=torch.channels_last)
         self._mods,self.axis,self.whole = list(self.model.modules()),axis,whole
         self._were_training = [m for m in self._mods if m.training]
         self._bind_inputs(learn.dls, kind, device)
@@ -114,8 +117,8 @@ class Teacher:
 
     def release(self):
         "Give the model its modes and its memory format back"
-        if self._cl: self.model.to(memory_format=torch.contiguous_format)
-        self._cl = False
+        if self._cl or self._moved: self.model.to(memory_format=torch.contiguous_format)
+        self._cl = self._moved = False
         for m in self._were_training: m.training = True
         self._were_training,self.idx,self.norm,self.match,self.shared = [],None,None,[],None
 

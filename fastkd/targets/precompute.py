@@ -16,6 +16,7 @@ from fastprogress.fastprogress import progress_bar
 from hashlib import blake2b
 from types import SimpleNamespace
 from .. import __version__
+from ..averages import _borrowed,_id
 from ..ranks import *
 from ..teacher import *
 from ..task import *
@@ -27,8 +28,11 @@ from .replay import *
 from .store import *
 from .write import *
 
-# %% ../../nbs/51_targets.precompute.ipynb #fb5d7b40
-def _named(o): return o if o is None or isinstance(o, (int,str,tuple)) else getattr(o, '__qualname__', type(o).__name__)
+# %% ../../nbs/51_targets.precompute.ipynb #442987db
+def _named(o):
+    # the names of these say nothing: their code does
+    if '<' in getattr(o, '__qualname__', '') or isinstance(o, (partial,Transform)): return str(_id(o))
+    return o if o is None or isinstance(o, (int,str,tuple)) else getattr(o, '__qualname__', type(o).__name__)
 
 def teacher_id(
     teacher # `Teacher` or `Ensemble`, bound to the data
@@ -99,6 +103,15 @@ def check_views(
     "Refuse what is no number of versions"
     if views is not None and (isinstance(views, bool) or not isinstance(views, int) or views<1): raise ValueError(f"`views` must be a number of augmented versions, at least 1, or None, got {views!r}")
 
+def _check_random(dl, views=None, tta=0, stale_ok=False):
+    "What the answers are to: refused before a teacher is asked, or trained"
+    check_views(views)
+    if isinstance(tta, bool) or not isinstance(tta, int) or tta<0: raise ValueError(f"`tta` must be a number of augmented versions, at least 0, got {tta!r}")
+    if tta and views: raise ValueError("`tta` averages over augmented versions, `views` keeps them apart: choose one")
+    rnd = check_random(dl, views, "let the teacher run live, or store answers for the items without these transforms (`stale_ok=True`)", stale_ok or tta>0)
+    if tta and not rnd: raise ValueError("`tta` averages over random transforms, and these data have none")
+    return rnd
+
 def check_random(
     dl, # Training `DataLoader`
     views:int|None, # Augmented versions of each item that are wanted
@@ -129,17 +142,15 @@ def _loaders(source, dls):
 def _lined_up(teacher, dls, task, axis, amp):
     "The teacher bound to the data; afterwards it is as it was, and all random numbers go on as if nothing had been drawn"
     device,ps = ifnone(dls.device, default_device()),teacher.parts
-    was = [(p,p.dtype,getattr(first(p.model.parameters()), 'device', None)) for p in ps]
+    was = [(p,getattr(first(p.model.parameters()), 'device', None)) for p in ps]
     try:
-        with no_random(reproducible=False):
+        with _borrowed(teacher), no_random(reproducible=False):
             for p in ps: p.dtype = ifnone(amp, p.dtype)
             teacher.bind(SimpleNamespace(dls=dls, model=nn.Linear(1,1).to(device)), task, axis)
             if getattr(teacher, 'shared', None) is not None: raise ValueError("this teacher does not know all classes of these data, so an answer has no place for them: store its own (`precompute_targets(teacher_learner, items, path)` or `fastkd-precompute`) for `StoredTeacher(store, missing='ignore')`")
             yield
     finally:
-        teacher.release()
-        for p,dtype,dev in was:
-            p.dtype = dtype
+        for p,dev in was:
             if dev is not None: p.model.to(dev)
 
 def _task(task, axis, dls, source):
@@ -232,12 +243,8 @@ def precompute_targets(
     "Store a teacher's answers to all items; what is stored already is not computed again"
     store,moves = None,lambda: store and sum(np.count_nonzero(p.crc) for p in store.refresh().parts)
     with ranks_agree('precompute_targets', moves=moves) as others_ok:
-        check_views(views)
-        if isinstance(tta, bool) or not isinstance(tta, int) or tta<0: raise ValueError(f"`tta` must be a number of augmented versions, at least 0, got {tta!r}")
-        if tta and views: raise ValueError("`tta` averages over augmented versions, `views` keeps them apart: choose one")
         dls,source,teacher = _loaders(teacher, dls),teacher,as_teacher(teacher)
-        rnd = check_random(dls.train, views, "let the teacher run live, or store answers for the items without these transforms (`stale_ok=True`)", stale_ok or tta>0)
-        if tta and not rnd: raise ValueError("`tta` averages over random transforms, and these data have none")
+        rnd = _check_random(dls.train, views, tta, stale_ok)
         task,axis = _task(task, axis, dls, source)
         with _lined_up(teacher, dls, task, axis, amp):
             ask = partial(_ask, teacher, dls)
