@@ -18,8 +18,8 @@ from .targets.items import *
 from .task import *
 from .teacher import *
 
-# %% ../nbs/60a_compare.ipynb #dc7d1d82
-_less = re.compile(r'(loss|error|perplexity|brier)|^(mae|mse|rmse|msle|rmsle|exp_rmspe|ece|kl|difference|params|mb|mflops|ms_\d+)$', re.I)
+# %% ../nbs/60a_compare.ipynb #62e86723
+_less = re.compile(r'^(kl|difference|params|mb|mflops|ms_\d+)$', re.I)
 _costs = ('MB','params','MFLOPs')
 
 def _number(c, v):
@@ -33,7 +33,7 @@ class Comparison(pd.DataFrame):
     @property
     def _constructor(self): return Comparison
 
-    def _lower(self, c): return c in self.attrs.get('lower', ()) or bool(_less.search(str(c)))
+    def _lower(self, c): return c in self.attrs.get('lower', ()) or bool(_less.search(str(c))) or lower_is_better(str(c))
     def _best(self, c):
         "Rows with the best value, or one that looks the same; of likeness to the first, that of the others"
         if c not in self.attrs.get('columns', ()) or not set(self.index)<=set(self.attrs['rows']): return []

@@ -170,7 +170,7 @@ def plot_softened(self:DistillationInterpretation,
         for ax,o,t in zip(r, L(T), row):
             t.iloc[top].plot.bar(ax=ax, width=.8, legend=False)
             if not n: ax.set_title(f'T = {o:g}')
-        r[0].set_ylabel(f'item {i}')
+        r[0].set_ylabel(f'item {i}\nprobability')
     axs[0,-1].legend()
 
 # %% ../nbs/60b_disagreements.ipynb #68c0dba6
@@ -202,7 +202,7 @@ def disagreement_masks(self:DistillationInterpretation,
     return torch.where(known, (s!=t)*torch.where(s==y, 1, torch.where(t==y, 2, 3)), 255).byte()
 
 _mask_names = ('same class','student right','teacher right','both wrong')
-_mask_colors = ('#eeeeee','#2ca02c','#d62728','#7f7f7f')
+_mask_colors = ('#eeeeee','#0072b2','#d55e00','#7f7f7f')
 
 @patch
 def plot_disagreement_masks(self:DistillationInterpretation,

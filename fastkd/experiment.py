@@ -15,6 +15,7 @@ from fastai.callback.schedule import *
 from fastprogress.fastprogress import progress_bar
 from time import perf_counter
 from .callback import *
+from .measures import *
 from .ranks import *
 from .targets.all import *
 from .teacher import *
@@ -41,6 +42,8 @@ class _Watch(Callback):
         _seed(_stream(self.seed, *what).getrandbits(31), first(self.learn.model.parameters()).device)
         self.last = perf_counter()
     def before_train(self):
+        # the student alone has no use for answers that the batches carry
+        if carries(self.learn.dl) and not any(isinstance(cb, KnowledgeDistillation) and cb._stored for cb in self.learn.cbs): self.learn.dl = self.learn.dl.variant(add=False)
         self.n,self.trained,self.i = self.n+1,True,0
         self.seen |= {id(cb) for cb in self.learn.cbs}
         if hasattr(self.learn.dl, 'rng'): self.learn.dl.rng = _stream(self.seed, self.n, 'order')
@@ -163,7 +166,7 @@ class _Runs:
                     cbs = [] if maker is None else maker(learn)
                     if cbs is not None:
                         self.fit(learn, cbs)
-                        if any(id(cb) not in watch.seen for cb in cbs): raise _Wrong(f"`fit` does not pass on the callbacks that it gets: `learn.fit(..., cbs=cbs)`")
+                        if any(id(cb) not in watch.seen for cb in cbs): raise _Wrong("`fit` does not pass on the callbacks that it gets: `learn.fit(..., cbs=cbs)`")
                     row.update(step_ms=watch.step_ms, seconds=perf_counter()-t0)
                 with learn.no_bar():
                     row['valid'] = self._measure(learn, self.dls.valid)
@@ -207,13 +210,12 @@ def _fit_of(fit, n_epoch, lr):
     if isinstance(n, bool) or not isinstance(n, int) or n<1: raise ValueError(f"`n_epoch` must be a whole number of epochs, at least 1, got {n_epoch!r}")
     return lambda learn, cbs: getattr(learn, fit)(n, *L(lr), cbs=cbs),{'fit':fit, 'training epochs':n, 'the learning rate':_say(lr)}
 
-_lower = 'loss error mae mse rmse msle rmspe perplexity hamming brier ece wer cer'.split()
 def _metric_of(metric, learn, minimize):
     "Its name, and whether lower is better"
     names = ['valid_loss',*learn.metrics.attrgot('name')]
     m = names[1 if len(names)>1 else 0] if metric is None else getattr(metric, 'name', None) or getattr(metric, '__name__', metric)
     if m not in names: raise ValueError(f"`metric` must be one of {names}, which the student is measured by, got {m!r}")
-    return m,ifnone(minimize, any(o in _lower or o.endswith('loss') for o in re.split(r'[_\W]+', m.lower())))
+    return m,ifnone(minimize, lower_is_better(m))
 
 def _student_facts(learn):
     return {'the student':f"{weights_hash(_tensors(learn.model))}, {_say(learn.loss_func)}, {_say(learn.opt_func)}, lr {learn.lr}, wd {learn.wd}, {[cb.name for cb in learn.cbs]}", 'its metrics':list(learn.metrics.attrgot('name'))}
@@ -234,7 +236,7 @@ def distill_experiment(
     test=None, # Labelled items or a `DataLoader` that nothing is chosen by, to report on; None: the validation set
     path=None, # Folder for the runs, from which a further call goes on; None: they are kept in memory
     alone:str='student alone', # What the student without a method is called
-    bar=progress_bar # Shows which run is at work
+    bar=progress_bar # Shows which run is at work; False: nothing does
 )->Experiment:
     "Train the student alone and by each method, alike in all else, and say what can be said of the differences"
     if isinstance(n_seeds, bool) or not isinstance(n_seeds, int) or n_seeds<1: raise ValueError(f"`n_seeds` must be a whole number, at least 1, got {n_seeds!r}")
@@ -249,7 +251,7 @@ def distill_experiment(
     with _quick_gc():
         with no_random(0): learn = runs.student(0)
         metric,minimize = _metric_of(metric, learn, minimize)
-        facts = {**_student_facts(learn), 'the teacher':_who(source), 'the training set':data[0], 'the validation set':data[1], 'the test set':tsay, 'the batch size':getattr(dls.train, 'bs', None), 'the classes':_say(get_vocab(dls)), **how}
+        facts = {**_student_facts(learn), 'the teacher':_who(source), 'the training set':data[0], 'the validation set':data[1], 'the test set':tsay, 'the batch size':getattr(dls.train, 'bs', None), 'the classes':_say(get_vocab(dls)), 'the name of the student alone':alone, **how}
         del learn
         gc.collect()
     make = lambda rows: Experiment(sorted([r for r in rows if r['seed']<n_seeds and r['method'] in makers], key=lambda r: (r['seed'],[*makers].index(r['method']))), [*makers], metric, minimize, margin, test is not None)
@@ -270,7 +272,7 @@ def distill_experiment(
 def _do(log, runs, makers, n_seeds, metric, bar):
     alone = first(makers)
     todo = [(s,nm) for s in range(n_seeds) for nm in makers if (r:=log.get(s, nm)) is None or r['error']]
-    b = bar(todo)
+    b = (bar or noop)(todo)
     for s,nm in b:
         if hasattr(b, 'comment'): b.comment = f'seed {s}, {nm}'
         log.add(runs(s, nm, makers[nm], metric, strict=nm==alone and not any(r['method']==alone and not r['error'] for r in log.rows)))

@@ -19,9 +19,15 @@ from .targets.items import *
 from .targets.source import *
 from .targets.store import *
 from .task import *
+from .vocab import *
 from .teacher import *
 
-# %% ../nbs/60_interpret.ipynb #ffc64f4d
+# %% ../nbs/60_interpret.ipynb #12e4dc3f
+def _other_rows(a, b):
+    "Have two tables of one index other labels in it?"
+    if not all(hasattr(o, 'y_names') for o in (a,b)) or list(a.y_names)!=list(b.y_names) or get_vocab(a)!=get_vocab(b): return False
+    return not a.ys.astype('float64').sort_index().round(4).equals(b.ys.astype('float64').sort_index().round(4))
+
 def _same_items(student, teacher):
     "Refuse a teacher that was validated on other items: it may have learned from those of the student"
     # the data sets of an export are empty
@@ -31,7 +37,7 @@ def _same_items(student, teacher):
     # what the items are cannot always be told
     try: ka,kb = [item_keys(o.dls.valid, o.dls.path) for o in (student,teacher)]
     except (ValueError,TypeError): ka,kb = [np.arange(len(o.dataset)) for o in (a,b)]
-    if not (miss:=~np.isin(ka, kb)).any() and len(ka)==len(kb): return
+    if not (miss:=~np.isin(ka, kb)).any() and len(ka)==len(kb) and not _other_rows(a.dataset, b.dataset): return
     eg = f", such as {item_name(a, int(miss.argmax()))}" if miss.any() else ''
     raise ValueError(f"student and teacher have different validation sets: {len(ka)} items and {len(kb)}, {(~miss).sum()} are in both; the student's alone has {miss.sum()}{eg}. If the teacher was trained on them, it looks better than it is: make both with one split, or say which items are meant, `dl=student.dls.valid`")
 
@@ -203,6 +209,7 @@ def plot_errors(self:DistillationInterpretation,
     names = {'inherited':'inherited: both', 'new':'new: student alone', 'corrected':'corrected: teacher alone'}
     e = self.error_table().iloc[:-1][list(names)].rename(columns=names)
     ax = e.plot.bar(stacked=True, color=['C7','C3','C2'], ax=ax, width=.8, **kwargs)
+    ax.margins(y=.08)
     ax.set(ylabel='positions' if self.student.dense else 'items', title='Errors')
     ax.legend(loc='upper left', bbox_to_anchor=(1,1))
     ax.yaxis.get_major_locator().set_params(integer=True)

@@ -17,6 +17,8 @@ from .averages import _id
 from .folds import *
 from .folds import _teach
 from .generations import *
+from .ranks import *
+from .ranks import _plain
 from .stages import _fits
 from .targets.all import *
 from .targets.precompute import _task
@@ -65,5 +67,5 @@ def small_data_targets(
             if snapshots>1: learn,_ = fit_snapshots(learn, snapshots, n_epoch//snapshots, lr, cbs=cbs)
             else: getattr(learn, fit)(n_epoch, *([] if lr is None else [lr]), cbs=cbs)
         return learn if tfms is None else TTATeacher(learn, tfms)
-    note = f"n_epoch={n_epoch}, lr={lr}, snapshots={snapshots}, tta={tta if isinstance(tta, int) else _id(tta)}, fit={fit!r}"
+    note = f"n_epoch={n_epoch}, lr={lr}, snapshots={snapshots}, tta={tta if isinstance(tta, int) else _id(tta)}, fit={fit!r}, teacher={weights_hash([v for v in probe.model.state_dict().values() if isinstance(v, Tensor)])}, cbs={[_plain(o) for o in L(cbs)]}"
     return _teach(_train, dls, path, n_folds, seed, bar, note, **({'tta':tta} if tfms is None else {}), **kwargs)

@@ -160,13 +160,16 @@ class SuggestedKD(namedtuple('SuggestedKD', 'T alpha')):
             if o.ndim==1: ax.plot(o.index, o)
             else:
                 for a in o: ax.plot(o.index, o[a], label=f'{a:g}', lw=2 if a==self.alpha else .8)
-                ax.legend(title='alpha', fontsize=7, title_fontsize=7)
+                ax.legend(title='alpha', fontsize=7, title_fontsize=7, loc='center left', bbox_to_anchor=(1,.5))
             ax.plot(self.T, o[self.T] if o.ndim==1 else o.loc[self.T,self.alpha], 'o', color='C3')
             ax.set(title=k, xlabel='T', xscale='log', ylim=(-.03,1.03))
             ax.set_xticks(o.index, [f'{t:g}' for t in o.index], fontsize=7); ax.set_xticks([], minor=True)
 
 # least and largest entropy of answers that are worth hearing at the default T; by how much the labels of training items must be worse
 _band,_gap = (.1,.97),.1
+def _beyond(t):
+    "A gap that few items do not show by chance"
+    return max(_gap, 2*sum(.25/max(t.attrs[k], 1) for k in ('train','valid'))**.5)
 
 def _suggest(by_T, t):
     "The defaults, but for what is plainly wrong with them"
@@ -175,7 +178,7 @@ def _suggest(by_T, t):
     if not len(ok): ok = by_T.index[[-1 if by_T.entropy.iloc[-1]<_band[0] else 0]]
     T = float(ok[(np.log(ok)-math.log(4)).to_series().abs().argmin()])
     if not t.labelled: return T,1.
-    return T,.9 if t['right, validation']-t['right, training']>_gap else .5
+    return T,.9 if t['right, validation']-t['right, training']>_beyond(t) else .5
 
 def _notes(by_T, t, chance):
     "What looks odd, in words"
@@ -184,8 +187,8 @@ def _notes(by_T, t, chance):
     gap = t['right, validation']-t['right, training']
     both = f"the teacher agrees with {t['right, training']:.0%} of the labels of training items and with {t['right, validation']:.0%} of those of validation items"
     odd = {f"the teacher agrees with {known:.0%} of the labels, near chance ({chance:.0%}): are its classes in the student's order, its inputs prepared as it knows them?":known<1.25*chance,
-        f"{both}: training labels may be wrong where they differ":gap>_gap,
-        f"{both}: it knows the training items better than new ones, so its answers to them are surer than it is (`out_of_fold`)":gap<-_gap,
+        f"{both}: training labels may be wrong where they differ":gap>_beyond(t),
+        f"{both}: it knows the training items better than new ones, so its answers to them are surer than it is (`out_of_fold`)":gap<-_beyond(t),
         f"the answers are nearly flat at T={lo:g} already ({e[lo]:.2f} of the largest entropy), so T hardly matters: was the teacher trained?":e[lo]>.9,
         f"at T={lo:g} the answers say nearly what a label says ({e[lo]:.2f} of the largest entropy): a higher T shows the rest":e[lo]<_band[0],
         f"even at T={hi:g} the answers have only {e[hi]:.2f} of the largest entropy: look further up with `Ts`":e[hi]<_band[0],
@@ -212,6 +215,7 @@ def kd_find(
     by_T = pd.DataFrame([(*o.soft[T][:2]/o.soft[T][2],o.pull[T][1]/max(o.pull[T][0], 1e-12)) for T in Ts], idx, ['entropy','margin','pull'])
     acc = lambda v: v[0]/v[1] if v[1] else float('nan')
     t = pd.Series({'items':o.n, 'labelled':int(o.train[1]), 'right, training':acc(o.train), 'right, validation':acc(o.valid)}, name='teacher')
+    t.attrs.update(train=o.train[1], valid=o.valid[1])
     res = SuggestedKD(*_suggest(by_T, t))
     of = lambda a: [a*k/(a*k+(1-a)*g) if a*k+(1-a)*g else 0. for g,k in o.pull.values()]
     share = pd.DataFrame({a:of(a) for a in sorted({*alphas,res.alpha})}, idx).rename_axis('alpha', axis=1)

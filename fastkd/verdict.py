@@ -7,8 +7,8 @@ Docs: https://fastkd.github.io/fastkd/verdict.html.md"""
 # %% auto #0
 __all__ = ['paired_stats', 'holm', 'seeds_for', 'judge', 'Experiment']
 
-# %% ../nbs/61a_verdict.ipynb #4a1beadf
-import html
+# %% ../nbs/61a_verdict.ipynb #a85929c0
+import html,textwrap
 from fastai.basics import *
 from scipy.stats import t as student_t
 from .core import *
@@ -26,7 +26,7 @@ def paired_stats(
     if n<2: return res
     sd = d.std(ddof=1)
     # equal but for rounding
-    if sd<=1e-7*np.abs(d).max(): return {**res, 'diff_sd':0., **({} if d.any() else dict(lo=0., hi=0., p=1.))}
+    if sd<=1e-7*np.abs(d).max(): return {**res, 'diff_sd':0., **({} if d.any() or n<5 else dict(lo=0., hi=0., p=1.))}
     se = sd/n**.5
     half = student_t.ppf((1+level)/2, n-1)*se
     return {**res, 'diff_sd':sd, 'lo':res['diff']-half, 'hi':res['diff']+half, 'p':2*student_t.sf(abs(res['diff'])/se, n-1)}
@@ -82,7 +82,7 @@ class Experiment:
         if margin is not None and not margin>0: raise ValueError(f"`margin` is a difference in {metric!r} that is not worth having, greater than 0, got {margin}")
         store_attr()
 
-    def _ok(self, split): return {nm:{r['seed']:r[split][self.metric] for r in self.rows if r['method']==nm and not r['error']} for nm in self.names}
+    def _ok(self, split): return {nm:{r['seed']:r[split][self.metric] for r in self.rows if r['method']==nm and not r['error'] and r[split].get(self.metric) is not None} for nm in self.names}
     @property
     def _split(self): return 'test' if self.test else 'valid'
 
@@ -102,7 +102,9 @@ class Experiment:
         "Differences to the student alone of the same seed"
         ok = self._ok(self._split)
         base = ok[self.names[0]]
-        return {nm:{s:v-base[s] for s,v in sorted(ok[nm].items()) if s in base} for nm in self.names[1:]}
+        # metrics are float32: what is equal but for that is equal
+        diff = lambda a,b: round(a-b, 6-math.ceil(math.log10(max(abs(a), abs(b), 1e-12))))
+        return {nm:{s:diff(v, base[s]) for s,v in sorted(ok[nm].items()) if s in base} for nm in self.names[1:]}
 
     @property
     def _margin(self):
@@ -126,13 +128,16 @@ class Experiment:
             **(base if i==0 else {k:v for k,v in paired_stats(list(self.diffs[nm].values())).items() if k!='n'}), cost=self._cost(nm)) for i,nm in enumerate(self.names)]
         df = pd.DataFrame(rows).set_index('method')
         df['p'] = holm(df.p)
-        words = [judge(r['diff'], r.lo, r.hi, r.p, len(self.diffs[nm]), self._margin, self.minimize) for nm,r in df.iloc[1:].iterrows()]
+        words = [judge(r['diff'], r.lo, r.hi, r.p, len(self.diffs[nm]), self._margin, self.minimize) if self.diffs[nm] else 'failed' if r.failed else '' for nm,r in df.iloc[1:].iterrows()]
         return df.assign(verdict=['']*min(len(df), 1)+words)
 
     @property
     def best(self)->str: # Name of a method, or of the student alone
         "What does best on the validation set, whatever the test split says"
-        means = {nm:np.mean(list(o.values())) for nm,o in self._ok('valid').items() if o}
+        ok = {nm:o for nm,o in self._ok('valid').items() if o}
+        # what failed in some seeds is compared in the others
+        seeds = set.intersection(*map(set, ok.values())) if ok else ()
+        means = {nm:np.mean([v for s,v in o.items() if s in seeds or not seeds]) for nm,o in ok.items()}
         if not means: raise ValueError("no run has ended well, so none can be chosen")
         return (min if self.minimize else max)(means, key=means.get)
 
@@ -147,10 +152,10 @@ def _line(self:Experiment, nm, r, n):
     "What is to be said of one method"
     up = f'{_num(r["diff"], True)} ({_span(r)})'
     w = r.verdict
-    if w=='failed': return f"{nm}: nothing to compare, {_n(int(r.failed), 'run')} of it failed" if r.failed else f'{nm}: nothing to compare yet'
+    if w in ('failed',''): return f"{nm}: nothing to compare, {_n(int(r.failed), 'run')} of it failed" if r.failed else f'{nm}: nothing to compare yet'
     fail = f'; {_n(int(r.failed), "run")} of it failed' if r.failed else ''
     if w=='one seed': return f"{nm}: {_num(r['diff'], True)} in the one seed that there is, which is no evidence: another seed can turn it around, and the spread is not known{fail}"
-    if w=='no gain': return f"{nm}: no gain, {up}: whatever it does, it stays within ±{_num(self._margin)}{fail}"
+    if w=='no gain': return f"{nm}: no gain, {up}: {'a difference there is, but it stays' if r.p<.05 else 'whatever it does, it stays'} within ±{_num(self._margin)}, less than `margin`{fail}"
     if w in ('helps','hurts'): return f"{nm} {w}: {up}, {_p(r.p)}{fail}"
     if np.isnan(r.p): return f"{nm}: not enough seeds, {_num(r['diff'], True)} in each of {n}, so that the spread is not known{fail}"
     k = seeds_for(r.diff_sd, max(abs(r['diff']), self._margin))
@@ -158,19 +163,24 @@ def _line(self:Experiment, nm, r, n):
     return f"{nm}: not enough seeds, {up}; {more}{fail}"
 
 @patch
-def verdict(self:Experiment)->str: # Plain text
-    "What these runs say, in words"
+def _said(self:Experiment):
+    "What frames the verdict, what is said of each method, what is best"
     t,d = self.table,self.diffs
     base,m = self.names[0],len(self.names)-1
-    if not t.seeds.iloc[0]: return f"Nothing can be said: no run of {base!r} ended well."
+    if not t.seeds.iloc[0]: return [f"Nothing can be said: no run of {base!r} ended well."]
     tests = t.p.notna().sum()
-    how = f"95 % intervals of the differences{f', p after correction for {tests} methods (Holm)' if tests>1 else ''}" if tests else 'no interval from one seed'
+    how = f"95 % intervals of the differences{f', p after correction for {tests} methods (Holm)' if tests>1 else ''}" if tests else 'no interval from '+('one seed' if t.seeds.max()<2 else 'runs that all differ alike')
     head = f"{self.metric} ({'lower' if self.minimize else 'higher'} is better) on the {'test' if self.test else 'validation'} set, {_n(int(t.seeds.iloc[0]), 'seed')}; {base}: {_num(t['mean'].iloc[0])}. Each method is compared with it on the same first weights and batches; {how}."
     lines = [self._line(nm, t.loc[nm], len(d[nm])) for nm in self.names[1:]]
-    won = t.verdict.eq('helps').any()
+    won = t.verdict.get(self.best)=='helps'
     last = f"Best on the validation set: {self.best}." if won or self.best==base else f"Best on the validation set: {self.best}, which may be chance."
     if not self.test and m>1: last += " It is chosen and reported on the same items, so its figure is a little too good: `test=` reports on others."
-    return '\n'.join([head, *(f'- {o}' for o in lines), last])
+    return [head, *(f'- {o}' for o in lines), last]
+
+@patch
+def verdict(self:Experiment)->str: # Plain text, in lines of at most 88 characters
+    "What these runs say, in words"
+    return '\n'.join(textwrap.fill(o, 88, subsequent_indent='  '*(o[:2]=='- ')) for o in self._said())
 
 @patch
 def _shown(self:Experiment):
@@ -188,8 +198,9 @@ def __repr__(self:Experiment): return f'{self._shown().to_string()}\n\n{self.ver
 @patch
 def _repr_html_(self:Experiment):
     st = self._shown().style.set_uuid('experiment').map(lambda v: f"color: {_color[v].replace('tab:', '')}; font-weight: bold" if v in _color else '', subset=['verdict'])
-    head,*lines,last = map(html.escape, self.verdict().split('\n'))
-    return f"{st.to_html()}<p>{head}</p><ul>{''.join(f'<li>{o[2:]}</li>' for o in lines)}</ul><p>{last}</p>"
+    head,*more = map(html.escape, self._said())
+    lines = f"<ul>{''.join(f'<li>{o[2:]}</li>' for o in more[:-1])}</ul><p>{more[-1]}</p>" if more else ''
+    return f'{st.to_html()}<p>{head}</p>{lines}'
 
 # %% ../nbs/61a_verdict.ipynb #0da0329b
 def _axes(ax, h): return plt.subplots(figsize=(6.5,h))[1] if ax is None else ax
@@ -203,9 +214,9 @@ def plot(self:Experiment,
     ax.axvspan(-self._margin, self._margin, color='.92', zorder=0)
     ax.axvline(0, c='.6', lw=1, zorder=1)
     for y,(nm,r) in enumerate(t.iterrows()):
-        c,vs = _color[r.verdict],list(d[nm].values())
+        c,vs = _color.get(r.verdict, 'tab:gray'),list(d[nm].values())
         ax.plot(vs, [y-.18]*len(vs), 'o', c=c, alpha=.45, ms=4)
-        if np.isnan(r['diff']): ax.text(0, y, 'failed', c=c, ha='center', va='center', fontsize=8)
+        if np.isnan(r['diff']): ax.text(0, y, r.verdict or 'no run', c=c, ha='center', va='center', fontsize=8)
         elif not np.isnan(r.lo): ax.errorbar(r['diff'], y+.12, xerr=[[r['diff']-r.lo],[r.hi-r['diff']]], fmt='D', c=c, capsize=3, ms=5)
         ax.annotate(r.verdict, (1.01,y), xycoords=('axes fraction','data'), va='center', color=c, fontsize=9)
     ax.set(yticks=range(len(t)), ylim=(len(t)-.5,-.5), xlabel=f"difference in {self.metric} to {self.names[0]}, {'test' if self.test else 'validation'} set ({'lower' if self.minimize else 'higher'} is better)")

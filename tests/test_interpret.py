@@ -391,12 +391,12 @@ class TestBad:
         with pytest.raises(TypeError, match='from_learners'): DistillationInterpretation.from_learner(s)
         with pytest.raises(TypeError, match='a teacher is'): sided(s, 3)
         with pytest.raises(ValueError, match='there is no number 5'): sided(s, t, ds_idx=5)
-        with pytest.raises(ValueError, match=r'answers with \(599, 10\).*\(599, 7\)'): sided(s, tiny_cnn((4,), 7))
+        with pytest.raises(ValueError, match='answers with 7 classes'): sided(s, tiny_cnn((4,), 7))
         with pytest.raises(ValueError, match='probabilities'): sided(s, nn.Sequential(t.model, nn.Softmax(1)))
         nan = digits_learner(s.dls)
         nan.model[-1].bias.data[:] = float('nan')
         with pytest.raises(ValueError, match="student's answers to 599 of 599 items are NaN"): sided(nan, t)
-        with pytest.raises(ValueError, match="teacher's answers to 599"): sided(s, nan)
+        with pytest.raises(ValueError, match="the teacher's answer to the first validation batch is not finite"): sided(s, nan)
         for bad in (0, -1, 2.5, True, 'x'):
             with pytest.raises((ValueError,TypeError), match='`k` must be'): i.top_disagreements(bad)
         for bad in ([], [599], -1, [0,7000], torch.ones(599).bool(), .5, 'a', None):
