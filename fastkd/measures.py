@@ -14,7 +14,7 @@ from fastai.callback.core import GatherPredsCallback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import _ConstantFunc
 from .answers import *
-from .averages import _Answers as _Model
+from .averages import _Answers as _Model,_borrowed
 from .losses.all import *
 from .task import *
 from .teacher import *
@@ -113,20 +113,15 @@ def untouched(
 def _as_learner(model, learn, kind, axis):
     "A Learner whose model is the teacher `model`, bound to the data of `learn`"
     t = as_teacher(model)
-    was,devs = [(o,dict(vars(o))) for o in (t,*t.parts)],[(m,getattr(first(m.parameters()), 'device', None)) for m in t.models]
+    devs = [(m,getattr(first(m.parameters()), 'device', None)) for m in t.models]
     try:
-        with no_random(reproducible=False):
+        with _borrowed(t), no_random(reproducible=False):
             t.bind(learn, kind, axis)
             if getattr(t, 'shared', None) is not None: raise ValueError("this teacher does not know all classes of the data, so its answers cannot be compared with labels and with other models: train it on all classes, or make data of those that it knows")
             res = Learner(learn.dls, _Model(t, first(learn.model.parameters()).device), loss_func=learn.loss_func, metrics=deepcopy(learn.metrics))
             if not learn._grab_cbs(ProgressCallback): res.remove_cb(ProgressCallback)
             yield res
     finally:
-        t.release()
-        # it may be at work in a fit
-        for o,d in was:
-            vars(o).clear()
-            vars(o).update(d)
         for m,d in devs:
             if d is not None: m.to(d)
 

@@ -119,7 +119,7 @@ def cost_table(
     n_inp = getattr(student.dls, 'n_inp', 1)
     one = [o[:1].as_subclass(Tensor) for o in student.dls.valid.one_batch()[:n_inp]]
     def _count(m):
-        with FlopCounterMode(display=False) as f, torch.no_grad(): m.eval()(*one)
+        with FlopCounterMode(display=False) as f, torch.no_grad(): deepcopy(m).eval()(*one)
         return f.get_total_flops()//2
     models = {'student':student.model, **{k:getattr(v, 'model', v) for k,v in teachers.items()}}
     n = {k:_count(m) for k,m in models.items()}

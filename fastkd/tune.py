@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from fastai.basics import *
 from fastai.callback.rnn import RNNCallback
 from .core import *
+from .averages import _borrowed
 from .grad_share import *
 from .losses.all import *
 from .measures import *
@@ -27,17 +28,12 @@ from .teacher import *
 @contextmanager
 def _lined_up(learn, source, kind, axis):
     "The source of answers bound to the student's data; afterwards it is as it was, and so are the order of the next epoch and all random numbers"
-    parts,rng = (source,*source.parts),getattr(learn.dls.train, 'rng', None)
+    rng = getattr(learn.dls.train, 'rng', None)
     state = rng and rng.getstate()
-    was = [(o,dict(vars(o))) for o in parts]
     devs = [(m,[(o,o.training) for o in m.modules()],getattr(first(m.parameters()), 'device', None)) for m in source.models]
     try:
-        with untouched(learn): yield source.bind(learn, kind, axis)
+        with _borrowed(source), untouched(learn): yield source.bind(learn, kind, axis)
     finally:
-        source.release()
-        for o,d in was:
-            vars(o).clear()
-            vars(o).update(d)
         for m,modes,dev in devs:
             if dev is not None: m.to(dev)
             for o,mode in modes: o.training = mode

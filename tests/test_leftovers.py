@@ -149,3 +149,12 @@ def test_lr_find_without_labels(tmp_path):
     # nothing of it is left
     fit(learn)
     assert not torch.equal(weights(learn), was)
+
+
+def test_cost_table_keeps_modes():
+    "It left the models in eval mode"
+    from fastkd.test_utils import cost_table,digits_dls,digits_learner
+    s,t = [digits_learner(digits_dls(60)) for _ in range(2)]
+    s.model.train(); t.model.eval()
+    cost_table(s, teacher=t)
+    assert [m.training for m in s.model.modules()]==[True]*len(list(s.model.modules())) and not t.model.training
