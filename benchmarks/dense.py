@@ -9,11 +9,9 @@ The student's gradient is computed and counted in both. `sizes` runs both forms 
 Time: median of rounds in which the forms take turns in random order; wall time and CPU time of the thread, one thread, after one round that does not count.
 Memory: most bytes at a time beyond the logits, as the profiler of torch counts what its allocator hands out (temporaries inside of operations included), and, with `rss`,
 how far the peak of a fresh process that does one step rises above the peak with the logits in place (Linux only)."""
-import gc,json,re,subprocess,sys,time
-from fastai.basics import *
-from fastcore.script import call_parse
+import subprocess,sys
 from torch.profiler import profile,ProfilerActivity
-from fastkd.losses.all import *
+from timing import *
 
 T,target = 4.,.5
 all_works = dict(dense=(8,150,256,256), dense_cl=(8,150,256,256), classes=(64,50_000), tokens=(4096,32_000))
@@ -50,29 +48,8 @@ def max_rss():
 
 def rise(shape, channels_last, form):
     "In a process of its own: bytes by which one step raises the peak of resident memory"
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import dense; dense.torch.set_num_threads(1); s,t = dense.logits({shape}, {channels_last}); a = dense.max_rss(); g = dense.step(dense.{form}, s, t); print(dense.max_rss()-a)"
+    code = f"import sys; sys.path.insert(0, {str(here)!r}); import dense; dense.torch.set_num_threads(1); s,t = dense.logits({shape}, {channels_last}); a = dense.max_rss(); g = dense.step(dense.{form}, s, t); print(dense.max_rss()-a)"
     return int(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()[-1])
-
-def timed(f):
-    wall,cpu = time.perf_counter(),time.thread_time()
-    f()
-    return (time.perf_counter()-wall)*1e3,(time.thread_time()-cpu)*1e3
-
-def run_times(fs, rounds):
-    "Times `(rounds,forms,2)` in ms: wall, CPU"
-    rng,rows = random.Random(0),[]
-    for f in fs.values(): f()
-    for _ in range(rounds):
-        gc.collect()
-        o = {k:timed(fs[k]) for k in rng.sample(list(fs), len(fs))}
-        rows.append([o[k] for k in fs])
-    return np.array(rows)
-
-def ratio(t, n_boot=2000):
-    "Medians, ratio lean/plain of the medians and its 95% bootstrap interval over rounds, of `(rounds,2)`"
-    r = lambda o: np.median(o[...,1], -1)/np.median(o[...,0], -1)
-    draws = r(t[np.random.default_rng(0).integers(len(t), size=(n_boot, len(t)))])
-    return dict(zip(forms, np.median(t, 0).tolist()), ratio=float(r(t)), ci=np.percentile(draws, [2.5,97.5]).tolist())
 
 def measure(shape, channels_last=False, rounds=5, rss=False):
     "All there is to say about one shape"
@@ -81,42 +58,41 @@ def measure(shape, channels_last=False, rounds=5, rss=False):
     g = {k:f() for k,f in fs.items()}
     diff = ((g['plain']-g['lean']).abs().max()/g['plain'].abs().max()).item()
     del g
-    times = run_times(fs, rounds)
-    res = dict(shape=shape, numbers=s.numel(), wall=ratio(times[...,0]), cpu=ratio(times[...,1]), difference=diff,
+    t = in_turns(fs, rounds, 1)
+    res = dict(shape=shape, numbers=s.numel(), forms=medians(list(forms), t), ratio=each_clock(over(1,0), t), rounds=rounds, difference=diff,
         memory={k:peak(f) for k,f in fs.items()}, unit=s.nbytes)
     del s,t,fs
     if rss: res['rss'] = {k:rise(shape, channels_last, k) for k in forms}
     return res
 
 def show(name, r):
-    w,c,m = r['wall'],r['cpu'],r['memory']
+    (p,l),w,c,m = r['forms'].values(),r['ratio']['wall'],r['ratio']['cpu'],r['memory']
     rss = f"  {r['rss']['plain']/2**20:7.0f} {r['rss']['lean']/2**20:7.0f} {r['rss']['lean']/r['rss']['plain']:5.3f}" if 'rss' in r else ''
-    print(f"{name:12} {r['numbers']:>11,} {w['plain']:9.2f} {w['lean']:9.2f} {w['ratio']:6.3f} ({w['ci'][0]:.3f}-{w['ci'][1]:.3f}) {c['ratio']:6.3f} ({c['ci'][0]:.3f}-{c['ci'][1]:.3f})  {m['plain']/2**20:7.0f} {m['lean']/2**20:7.0f} {m['lean']/m['plain']:5.3f}{rss}", flush=True)
+    print(f"{name:12} {r['numbers']:>11,} {p['cpu']:9.2f} {l['cpu']:9.2f} {w[0]:6.3f} ({w[1]:.3f}-{w[2]:.3f}) {c[0]:6.3f} ({c[1]:.3f}-{c[2]:.3f})  {m['plain']/2**20:7.0f} {m['lean']/2**20:7.0f} {m['lean']/m['plain']:5.3f}{rss}", flush=True)
 
 @call_parse
 def main(
     rounds:int=5, # Rounds that count, of the large works; four times as many of `sizes`
     works:str='dense,dense_cl,classes,tokens,sizes', # Which, with commas
     rss:bool=False, # Peak of resident memory as well, in processes of their own (Linux only)?
-    out:str=str(Path(__file__).parent/'dense.json') # Results
+    out:str=str(here/'dense.json') # Results
 ):
     "Time and memory of `kd_loss` on large logits against the plain form"
     if rounds<3: raise ValueError(f"`rounds` must be at least 3, got {rounds}: fewer say nothing about medians")
-    torch.set_num_threads(1)
-    res = dict(torch=torch.__version__, load_before=os.getloadavg(), target=target, above=LeanKL.above, works={}, sizes=[])
+    began,res = begin(),dict(target=target, above=LeanKL.above, works={}, sizes=[])
     print(f"{'work':12} {'numbers':>11} {'plain ms':>9} {'lean ms':>9} wall ratio (95%)      cpu ratio (95%)        plain MB, lean MB, ratio{'  resident: plain MB, lean MB, ratio' if rss else ''}")
-    for nm in works.split(','):
-        if nm!='sizes':
-            r = res['works'][nm] = measure(all_works[nm], nm.endswith('_cl'), rounds, rss)
-            show(nm, r)
-            continue
-        above,LeanKL.above = LeanKL.above,0
-        for k,f in size_shapes.items():
-            for n in [2**i for i in range(15,23)]:
-                r = measure(f(n), rounds=4*rounds)
-                res['sizes'].append(dict(kind=k, **r))
-                show(k, r)
-        LeanKL.above = above
+    with fair():
+        for nm in works.split(','):
+            if nm!='sizes':
+                r = res['works'][nm] = measure(all_works[nm], nm.endswith('_cl'), rounds, rss)
+                show(nm, r)
+                continue
+            above,LeanKL.above = LeanKL.above,0
+            for k,f in size_shapes.items():
+                for n in [2**i for i in range(15,23)]:
+                    r = measure(f(n), rounds=4*rounds)
+                    res['sizes'].append(dict(kind=k, **r))
+                    show(k, r)
+            LeanKL.above = above
     print(f'target: time and memory at most {target} of the plain form from 8×150×256² on; lean from {LeanKL.above:,} numbers on')
-    res['load_after'] = os.getloadavg()
-    Path(out).write_text(json.dumps(res, indent=1)+'\n')
+    write(out, res, began)

@@ -7,9 +7,10 @@ Docs: https://fastkd.github.io/fastkd/answers.html.md"""
 # %% auto #0
 __all__ = ['pick_output', 'some_batches', 'check_logits']
 
-# %% ../nbs/29b_answers.ipynb #fac95e50
-from contextlib import nullcontext
+# %% ../nbs/29b_answers.ipynb #5017667b
 from fastai.basics import *
+from .taps import *
+from .taps import _batches
 
 # %% ../nbs/29b_answers.ipynb #8aafd648
 def pick_output(
@@ -22,18 +23,12 @@ def pick_output(
     if callable(which): out = which(out)
     elif which is not None:
         try: out = out[which]
-        except (KeyError,IndexError,TypeError): raise ValueError(f"{who} has no output {which!r}, it returned {_describe(out)}") from None
+        except (KeyError,IndexError,TypeError): raise ValueError(f"{who} has no output {which!r}, it returned {shape_text(out)}") from None
     elif hasattr(out, 'logits'): out = out.logits
     elif isinstance(out, dict) and (k:=first(k for k in ('logits','out') if k in out)): out = out[k]
     elif isinstance(out, (tuple,list)) and len(ts:=[o for o in out if isinstance(o, Tensor)])==1: out = ts[0]
     if isinstance(out, Tensor): return out
-    raise ValueError(f"{who} returned {_describe(out)}; say which is the prediction with `{how}`: an index, a key or a callable")
-
-def _describe(o):
-    if isinstance(o, Tensor): return f'a tensor {tuple(o.shape)}'
-    if isinstance(o, dict): return f"a {type(o).__name__} of {', '.join(f'{k!r}: {_describe(v)}' for k,v in o.items())}"
-    if isinstance(o, (tuple,list)): return f"a {type(o).__name__} of {', '.join(map(_describe, o))}"
-    return f'a {type(o).__name__}'
+    raise ValueError(f"{who} returned {shape_text(out)}; say which is the prediction with `{how}`: an index, a key or a callable")
 
 # %% ../nbs/29b_answers.ipynb #555642de
 def some_batches(
@@ -41,17 +36,12 @@ def some_batches(
     n:int=256 # Items, at least
 )->list: # `(xb,yb)` tuples on the student's device
     "The first validation batches (training ones, if there are none); random states stay as they are"
-    dls,res = learn.dls,[]
-    valid = len(dls.loaders)>1 and len(dls.valid)>0
+    res = []
     with no_random(reproducible=False):
-        dl = dls.valid if valid else dls.train.new(shuffle=False) if hasattr(dls.train, 'new') else dls.train
-        with dl.fake_l.no_multiproc() if hasattr(dl, 'fake_l') else nullcontext():
-            for b in dl:
-                b = tuple(o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in to_device(b, first(learn.model.parameters()).device))
-                i = getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
-                res.append((b[:i],b[i:]))
-                n -= find_bs(b)
-                if n<=0: return res
+        for xb,yb in _batches(learn.dls, first(learn.model.parameters()).device):
+            res.append((xb,yb))
+            n -= find_bs((*xb,*yb))
+            if n<=0: break
     return res
 
 def check_logits(
@@ -64,6 +54,7 @@ def check_logits(
     if not torch.isfinite(t).all(): raise ValueError(f"the teacher's answer to the first validation batch is not finite: {int((~torch.isfinite(t)).sum())} of {t.numel()} values; check its inputs (normalisation) and precision (`Teacher(dtype=torch.float32)`)")
     t = t.float()
     if kind=='softmax':
+        if not -t.ndim<=axis<t.ndim: raise ValueError(f"`axis` must be that of the classes in the teacher's answers {tuple(t.shape)}, got {axis}")
         c = t.shape[axis]
         if vocab is not None and len(vocab)!=c: raise ValueError(f"the teacher answers with {c} classes, the student's data have {len(vocab)}: {vocab[:5]}{'...' if len(vocab)>5 else ''}. Pass the teacher's class names to match them: `Teacher(model, vocab=[...])`")
         if c>1 and (t>=0).all() and ((t.sum(axis)-1).abs()<1e-3).all(): raise ValueError("the teacher answers with probabilities (they sum to 1), logits are needed: take its softmax away, or `Teacher(model, output=lambda p: p.clamp_min(1e-8).log())`")

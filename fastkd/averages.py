@@ -38,7 +38,9 @@ class EMATeacher(Teacher):
         decay:float=.999, # Part of the average that stays at each step, 0-1
         ramp:bool=True, # Smaller at the beginning: step k, from 0, takes `min(decay, (1+k)/(10+k))`
         *,
-        input_tfm=None, output=None, dtype:torch.dtype|None=None # As for a `Teacher`
+        input_tfm=None, # As for a `Teacher`
+        output=None, # As for a `Teacher`
+        dtype:torch.dtype|None=None # As for a `Teacher`
     ):
         if isinstance(decay, bool) or not isinstance(decay, Real): raise TypeError(f"`decay` must be a number from 0 to 1, got {decay!r}; an EMATeacher makes its model itself, from the student")
         if not 0<=decay<1: raise ValueError(f"`decay` must be at least 0 and less than 1, got {decay}; .999 averages over about 1000 steps")

@@ -29,15 +29,17 @@ from copy import deepcopy
 
 # %% ../nbs/40_callback.ipynb #240cff1f
 def _in_fit(learn):
-    "Does `learn.fit` run, further up the stack?"
+    "Does `learn.fit` run, further up the stack? By its name: it may be a subclass's own, and experiment loggers wrap fastai's"
     f = sys._getframe()
-    while f is not None and not (f.f_code is Learner.fit.__code__ and f.f_locals.get('self') is learn): f = f.f_back
+    while f is not None and not (f.f_code.co_name=='fit' and f.f_locals.get('self') is learn): f = f.f_back
     return f is not None
 
 class KnowledgeDistillation(Preflight, Response, GradShare, _Columns, Callback):
     "Train the Learner on its own loss and on a teacher's answers (Hinton et al. 2015, arXiv:1503.02531)"
     order,run_valid,_only_train_loop = GradientAccumulation.order-1,False,True
-    _learn,_ready,_idle,_inside,_cols,_checked,_answer,_mix,_labelled = None,False,False,False,(),None,None,None,False
+    _learn,_ready,_cols = None,False,() # Learner; is `_setup` done, and which columns did we add? The last two until `teardown`
+    _idle,_inside = False,False # inside `lr_find`; in a validation inside of a fit
+    _mix,_answer = None,None # MixUp or CutMix of this epoch; the teacher's answer to a batch without labels, until `after_loss`
     def __init__(self,
         teacher=None, # Learner, `nn.Module`, path of an exported Learner, `Teacher`, or a list of these; a `TargetStore`; None: the batches carry its answers
         loss=None, # Response loss: an instance or a registered name; None: the one that fits the Learner's loss function
@@ -59,7 +61,7 @@ class KnowledgeDistillation(Preflight, Response, GradShare, _Columns, Callback):
         if not callable(alpha): check_weight('alpha', alpha, 1)
         if task_weight is not None: check_weight('task_weight', task_weight)
         check_window(start, stop)
-        if log not in (True,False,'cost','grad','cost,grad'): raise ValueError(f"`log` must be True, False, 'cost', 'grad' or 'cost,grad', got {log!r}")
+        if not (log in (True,False) or isinstance(log, str) and set(log.split(','))<={'cost','grad'}): raise ValueError(f"`log` must be True, False, 'cost', 'grad' or 'cost,grad', got {log!r}")
         # not under the parameter's name: loggers that store a callback's parameters would store the model
         self._teacher,self._loss,self.terms = as_source(teacher, cache, views),loss,Terms(terms)
         if check_weight('teacher_weight', teacher_weight): self._teacher = CoTrained(self._teacher, teacher_weight)
@@ -106,7 +108,7 @@ class KnowledgeDistillation(Preflight, Response, GradShare, _Columns, Callback):
         self.terms.off()
         self._cols,self._ready,self._answer = (),False,None
 
-    # -- what fastai calls
+    # -- what fastai calls, in this order
     def before_fit(self):
         learn = self._learn
         # the event also opens validate, get_preds, tta and summary, which train nothing
@@ -116,9 +118,7 @@ class KnowledgeDistillation(Preflight, Response, GradShare, _Columns, Callback):
         self.teardown()
         self._idle = hasattr(learn, 'lr_finder')
         if self._idle or not fitting: return self._check_trackers(False)
-        if sum(isinstance(cb, KnowledgeDistillation) for cb in learn.cbs)>1: raise ValueError("two KnowledgeDistillation callbacks would weigh the task loss twice: use one, with a list of teachers or a `WeightedSum` of losses")
-        self._check_trackers()
-        if isinstance(self.start, int) and self.start>=learn.n_epoch>0 and self.start: warn(f"`start={self.start}` is an epoch, and this fit ends before it with {learn.n_epoch}: nothing is distilled")
+        self._check_fit()
         with ranks_agree('KnowledgeDistillation', partial(rank_facts, self), learn): self._setup()
         self._begin_share()
         if not self.log: return
@@ -136,17 +136,6 @@ class KnowledgeDistillation(Preflight, Response, GradShare, _Columns, Callback):
         if self._stored: self._learn.dl = self._teacher.loader(self._learn.epoch)
         self.terms.on(self._learn)
 
-    def before_validate(self):
-        self._without_answers()
-        # its metrics are of the validation set from the start
-        if self._learns: self._teacher.reset()
-    def _without_answers(self):
-        "Batches that carry answers become ordinary ones, for metrics, predictions and other callbacks"
-        dl = self._learn.dl
-        if carries(dl): self._learn.dl = dl.variant(add=False)
-        # `show_results` asks for the predictions of one batch
-        elif isinstance(dl, list): self._learn.dl = [b[:-1] if carries_answer(b) else b for b in dl]
-
     def before_batch(self):
         if self._idle: return
         if self._logs('cost'): self._clock.start('step', self._device)
@@ -154,36 +143,28 @@ class KnowledgeDistillation(Preflight, Response, GradShare, _Columns, Callback):
         self.terms.arm()
 
     def after_pred(self):
-        learn = self._learn
-        if len(learn.yb): return
-        if self._idle: raise ValueError("`lr_find` measures the Learner's own loss, and this batch has no labels to compute it from: find the learning rate with a Learner on labelled data")
-        if not self._ready: self._setup()
-        alpha,w = self._weights()
-        if self._needs_labels: raise ValueError(f"this batch has no labels, which {self._kd} needs: label it, or use a loss that does without, such as 'kd'")
-        if self.teacher_weight: raise ValueError("this batch has no labels, which a teacher that learns (`teacher_weight`) needs: label it, or leave `teacher_weight` out")
-        if w or not alpha: raise ValueError(f"this batch has no labels, so there is no task loss (weight {w:g}) to train on: label it, or learn from the teacher alone with `alpha=1`")
-        # fastai takes no step without targets: the teacher's hard answers stand in, with weight 0
-        t = self._answer = self._ask()
-        y = {'softmax':lambda: t.argmax(self._axis) if isinstance(t, Tensor) else t.argmax(), 'binary':lambda: (t>0).float(), 'regress':lambda: t}[self._kind]()
-        learn.yb = (y if self._shared is None else self._shared.full(y),)
+        # fastai takes no step without targets
+        if not len(self._learn.yb): self._learn.yb = self._stand_in()
 
     def after_loss(self):
         if self._idle: return
         if not self._ready: self._setup()
-        learn = self._learn
-        alpha,w,terms = *self._weights(),[]
-        task,kd,more = learn.loss.as_subclass(Tensor),0.,0.
-        if alpha or self.teacher_weight or (self.terms and self._on):
+        learn,(alpha,w),by_terms = self._learn,self._weights(),bool(self.terms) and self._on
+        task,kd,terms,ws = learn.loss.as_subclass(Tensor),0.,[],[]
+        more = [(w-1)*task]*(w!=1)
+        if alpha or by_terms or self.teacher_weight:
             if callable(self.T): self._set_T(self.T(learn.pct_train))
             teach,self._answer = self._ask() if self._answer is None else self._answer,None
             pred = self._pred(learn.pred)
-            if alpha: kd = self._compare(pred, teach, learn.yb, self._mix)
-            if self.terms and self._on: terms,more = self.terms.now(learn, pred, teach, self._mix)
-            self._note_grad(task, kd, alpha, w, terms)
-            if self.teacher_weight: more = more+self.teacher_weight*self._teach_itself()
-        if alpha or w!=1 or terms or self.teacher_weight:
+            if alpha: more.append(alpha*(kd:=self._compare(pred, teach, learn.yb, self._mix)))
+            if by_terms: terms,ws = self.terms.now(learn, pred, teach, self._mix)
+            # a term that is off has no say, whatever its value
+            more += [v*o for v,o in zip(terms, ws) if o]
+            self._note_grad(task, kd, alpha, w, terms, ws)
+            if self.teacher_weight: more.append(self.teacher_weight*self._teach_itself())
+        if more:
             # added, not interpolated: what other callbacks put into `loss_grad` keeps its weight
-            more = more+(torch.add((w-1)*task, kd, alpha=alpha) if alpha else (w-1)*task)
+            more = sum(more[1:], more[0])
             learn.loss_grad,learn.loss = learn.loss_grad.as_subclass(Tensor)+more,task+more
         if self.log: self._note(task, kd, alpha, terms)
 
@@ -202,10 +183,44 @@ class KnowledgeDistillation(Preflight, Response, GradShare, _Columns, Callback):
         self._judge()
         share_means([self._means[k] for k in sorted(self._means)], self._learn)
 
+    def before_validate(self):
+        self._without_answers()
+        # its metrics are of the validation set from the start
+        if self._learns: self._teacher.reset()
+    def _without_answers(self):
+        "Batches that carry answers become ordinary ones, for metrics, predictions and other callbacks"
+        dl = self._learn.dl
+        if carries(dl): self._learn.dl = dl.variant(add=False)
+        # `show_results` asks for the predictions of one batch
+        elif isinstance(dl, list): self._learn.dl = [b[:-1] if carries_answer(b) else b for b in dl]
+
     def after_fit(self):
         if not self._inside: self.teardown()
         self._inside = False
 
+    # -- the parts
+    def _at(self, o): return o(self._learn.pct_train) if callable(o) else o
+
+    @property
+    def _on(self):
+        "Is this the part of training that is distilled?"
+        now = lambda o: self._learn.epoch if isinstance(o, int) else self._learn.pct_train+1e-9
+        return self.start<=now(self.start) and now(self.stop)<self.stop
+
+    def _weights(self):
+        "Weights of the response loss and of the task now"
+        if not self._on: return 0.,1.
+        alpha = check_weight('alpha', self._at(self.alpha), 1) if callable(self.alpha) else self.alpha
+        return alpha,1-alpha if self.task_weight is None else self.task_weight
+
+    @property
+    def _learns(self): return getattr(self._teacher, 'learns', False)
+    def _teach_itself(self):
+        loss = self._teacher.loss(self._learn)
+        if self.log: self._means['teacher_loss'].add(loss, find_bs(self._learn.yb))
+        return loss
+
+    # -- beside the student, and copies
     def save(self,
         file # Path of the file, '.pth' if it has no suffix
     )->Path:
@@ -231,25 +246,7 @@ class KnowledgeDistillation(Preflight, Response, GradShare, _Columns, Callback):
         return self
     def _file(self, file): return Path(file) if Path(file).suffix else Path(file).with_suffix('.pth')
 
-    # -- the parts
-    def _at(self, o): return o(self._learn.pct_train) if callable(o) else o
-
-    def _weights(self):
-        "Weights of the response loss and of the task now"
-        now = lambda o: self._learn.epoch if isinstance(o, int) else self._learn.pct_train+1e-9
-        self._on = self.start<=now(self.start) and now(self.stop)<self.stop
-        if not self._on: return 0.,1.
-        alpha = check_weight('alpha', self._at(self.alpha), 1) if callable(self.alpha) else self.alpha
-        return alpha,1-alpha if self.task_weight is None else self.task_weight
-
-    @property
-    def _learns(self): return getattr(self._teacher, 'learns', False)
-    def _teach_itself(self):
-        loss = self._teacher.loss(self._learn)
-        if self.log: self._means['teacher_loss'].add(loss, find_bs(self._learn.yb))
-        return loss
-
-    # -- copies: an export holds a plain `Callback`, so it loads without this library and without the teacher
+    # an export holds a plain `Callback`, so it loads without this library and without the teacher
     def __reduce_ex__(self, protocol): return Callback,()
     def __deepcopy__(self, memo):
         res = object.__new__(type(self))

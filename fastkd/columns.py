@@ -31,7 +31,9 @@ class _Mean:
 class StepClock:
     "Time by part of a step; on a GPU by its own events, so that nothing waits"
     def __init__(self): self.reset()
-    def reset(self): self.spans,self.begun = defaultdict(list),{}
+    def reset(self):
+        "Forget all times"
+        self.spans,self.begun = defaultdict(list),{}
     def _now(self, device):
         if device is None or device.type!='cuda': return perf_counter()
         e = torch.cuda.Event(enable_timing=True)
@@ -40,8 +42,14 @@ class StepClock:
     def start(self,
         part:str, # Name of the part
         device=None # `torch.device` that works on it; None: the CPU
-    ): self.begun[part] = self._now(device)
-    def stop(self, part, device=None):
+    ):
+        "A part begins"
+        self.begun[part] = self._now(device)
+    def stop(self,
+        part:str, # As for `start`
+        device=None # As for `start`
+    ):
+        "A part ends"
         # a step that was cancelled has no end
         if part in self.begun: self.spans[part].append((self.begun.pop(part),self._now(device)))
     def total(self,
@@ -50,7 +58,10 @@ class StepClock:
         "Time of `part` since the last `reset`"
         if (o:=self.spans[part]) and not isinstance(o[0][0], float): torch.cuda.synchronize()
         return sum(b-a if isinstance(a, float) else a.elapsed_time(b)/1000 for a,b in o)
-    def share(self, part, whole):
+    def share(self,
+        part:str, # Name of the part
+        whole:str # Name of what it is a part of
+    )->float: # 0-1; NaN where `whole` has taken no time
         "Time of `part` over that of `whole`"
         w = self.total(whole)
         return self.total(part)/w if w else float('nan')

@@ -11,10 +11,11 @@ __all__ = ['Comparison', 'compare']
 import html,re
 from contextlib import ExitStack
 from fastai.basics import *
+from fastai.callback.fp16 import AMPMode,MixedPrecision
 from .costs import *
 from .measures import *
 from .measures import _asked,_ordered
-from .targets.items import *
+from .targets.items import _valid_keys
 from .task import *
 from .teacher import *
 
@@ -88,7 +89,7 @@ def _reference(models, dls):
         if len(lead.dls.loaders)<2: raise ValueError("the first Learner has no validation set: pass `dls`")
         return lead,None
     if not hasattr(dls, 'loaders'):
-        if not hasattr(dls, 'dataset'): raise TypeError(f"`dls` must be DataLoaders or a DataLoader, got {type(dls).__name__}")
+        if not hasattr(dls, 'dataset'): raise TypeError("`dls` is a Learner: several of them come as one dict, `compare({'teacher':teacher, 'student':student})`" if isinstance(dls, Learner) else f"`dls` must be DataLoaders or a DataLoader, got {type(dls).__name__}")
         if lead is None: raise ValueError("none of these is a Learner, so a DataLoader alone does not say what the classes are: pass `DataLoaders`")
         return lead,dls
     if len(dls.loaders)<2: raise ValueError("`dls` has no validation set: pass the DataLoader to compare on")
@@ -102,23 +103,16 @@ def _vocab_diff(name, first_name, a, b):
         only = lambda x,y: some([o for o in x or [] if o not in (y or [])])
         return f"{name!r} and {first_name!r} have different classes: only {name!r} has {only(a, b)}, only {first_name!r} {only(b, a)}. Compare Learners of the same classes"
 
-def _item_ids(learn, n_items, root=None):
-    try: ks = item_keys(learn.dls.valid, root)
-    # texts of a language model, or items without a name: their labels are compared all the same
-    except (TypeError,ValueError): return None
-    return ks if n_items is None else ks[:n_items]
-
 def _check_same_items(name, o, first_name, ref, n_items):
     if o is ref: return
     if len(o.dls.loaders)<2: raise ValueError(f"{name!r} has no validation set: pass `dls`")
     if (bad:=_vocab_diff(name, first_name, get_vocab(o.dls), get_vocab(ref.dls))): raise ValueError(bad)
-    a,b = [_item_ids(l, n_items, l.dls.path) for l in (o,ref)]
-    # the files may be the same, though the folders that they are looked for in are not
-    if a is not None and b is not None and not np.array_equal(a, b): a,b = [_item_ids(l, n_items) for l in (o,ref)]
+    a,b = [None if ks is None else ks[:n_items] for ks in _valid_keys(o, ref)]
     how = "Pass the data to compare on, `compare(learners, dls)`, or give all of them the same split"
     n,m = len(o.dls.valid_ds),len(ref.dls.valid_ds)
     if n!=m and n_items is None: raise ValueError(f"{name!r} and {first_name!r} have different validation sets, of {n} and {m} items. {how}")
-    if a is None or b is None: return
+    # their labels are compared all the same
+    if a is None: return
     if (d:=len(set(a)-set(b))): raise ValueError(f"{name!r} and {first_name!r} have different validation sets: {d} of {len(a)} items of {name!r} are not among those of {first_name!r}. {how}")
     if (a!=b).any(): raise ValueError(f"{name!r} and {first_name!r} have the same validation items in different orders. {how}")
 
@@ -161,10 +155,18 @@ def _some_inputs(learn, dl):
     learn._split(learn._set_device(dl.one_batch() if hasattr(dl, 'one_batch') else first(dl)))
     return tuple(o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in learn.xb)
 
+def _in_precision(model, cbs, device):
+    "The model as the Learner runs it: fastai's mixed precision is an autocast on GPUs"
+    cb = first(o for o in cbs if isinstance(o, MixedPrecision))
+    if cb is None or device!='cuda': return model
+    def run(*xb):
+        with torch.autocast(device, torch.bfloat16 if cb.amp_mode==AMPMode.BF16 else torch.float16): return model(*xb)
+    return run
+
 def _costs_of(models, ref, dl, fam, axis, sizes, n_timed):
     "What each model weighs, computes and takes"
     with ExitStack() as st:
-        runs,xbs,devs,rows = {},{},{},{}
+        runs,calls,xbs,devs,rows = {},{},{},{},{}
         st.enter_context(no_random(reproducible=False))
         for k,o in models.items():
             own = isinstance(o, Learner) and dl is None
@@ -174,12 +176,13 @@ def _costs_of(models, ref, dl, fam, axis, sizes, n_timed):
             xbs[k],runs[k] = _some_inputs(l, ifnone(dl, (o if own else ref).dls.valid)),l.model
             ms = [l.model] if own else as_teacher(o).models
             devs[k] = getattr(first(p.device for m in ms for p in m.parameters()), 'type', 'cpu')
+            calls[k] = _in_precision(l.model, getattr(o, 'cbs', ()), devs[k])
             p,mb = model_size(ms)
             rows[k] = dict(params=p, MB=mb, MFLOPs=count_flops(l.model, tile_items(xbs[k], 1))/1e6)
         if n_timed and len(set(devs.values()))>1: raise ValueError(f"the models are on different devices ({', '.join(f'{k!r} on {v}' for k,v in devs.items())}), so their times cannot be compared: move them to one, or pass `n_timed=0`")
         for n in sizes if n_timed else ():
             b = {k:tile_items(xb, n) for k,xb in xbs.items()}
-            for k,t in time_by_turns({k:partial(run, *b[k]) for k,run in runs.items()}, n_timed, first(devs.values())).items(): rows[k][f'ms_{n}'] = 1000*t/n
+            for k,t in time_by_turns({k:partial(f, *b[k]) for k,f in calls.items()}, n_timed, first(devs.values())).items(): rows[k][f'ms_{n}'] = 1000*t/n
         for m in runs.values():
             if hasattr(m, 'reset'): m.reset()
     return rows,first(devs.values())

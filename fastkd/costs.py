@@ -49,9 +49,7 @@ def tile_items(
     n:int # Items that are wanted
 ):
     "A batch of `n` items, by repeating those that there are"
-    if isinstance(o, dict): return {k:tile_items(v, n) for k,v in o.items()}
-    if isinstance(o, (tuple,list)): return type(o)(tile_items(v, n) for v in o)
-    return o[torch.arange(n, device=o.device)%len(o)] if isinstance(o, Tensor) and o.ndim else o
+    return apply(lambda t: t[torch.arange(n, device=t.device)%len(t)] if isinstance(t, Tensor) and t.ndim else t, o)
 
 def time_by_turns(
     calls:dict, # Name to function without arguments

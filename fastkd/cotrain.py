@@ -11,7 +11,7 @@ __all__ = ['CoTrained']
 from copy import deepcopy
 from fastai.basics import *
 from .adapter_optim import *
-from .preflight import check_weight
+from .core import *
 from .teacher import *
 
 # %% ../nbs/34_cotrain.ipynb #d0fa0938

@@ -66,11 +66,12 @@ def _among(self:DistillationInterpretation, which):
 # %% ../nbs/60b_disagreements.ipynb #56f67f75
 @dispatch
 def plot_disagreements(
-    x, y, # Inputs and targets of a batch, whose types decide what is shown
+    x, # Inputs of a batch, whose type decides what is shown
+    y, # Targets of the batch, whose type decides, too
     samples, # Decoded items, or None
     rows, # What was said: `pd.DataFrame`, a row per item
     trunc_at=150, # Words of a text
-    **kwargs
+    **kwargs # Of the plot
 ):
     "Items with what student and teacher say about them; `@plot_disagreements.dispatch` adds a function for another type, as for `plot_top_losses`"
     its = [] if samples is None else samples.itemgot(0).map(lambda o: str(o.truncate(trunc_at) if hasattr(o, 'truncate') else o))

@@ -70,15 +70,18 @@ def _plain_numbers(d):
 
 # %% ../nbs/61_experiment.ipynb #4ba14c29
 _ways = "a method is a loss or its registered name ('dkd'), a dict of settings of `KnowledgeDistillation`, a callback, a list of these, or a function"
-class _Wrong(ValueError):
+def _wrong(said):
     "What is wrong with the experiment, not with one run of it"
+    e = ValueError(said)
+    e.of_experiment = True
+    return e
 
 def _named_args(f, what, **kw):
     "Those of `kw` that `f` has parameters for"
     try: ps = inspect.signature(f).parameters.values()
     except (TypeError,ValueError): return {}
     need = [p.name for p in ps if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY,p.POSITIONAL_OR_KEYWORD,p.KEYWORD_ONLY) and p.name not in kw]
-    if need: raise _Wrong(f"{what} is called with {' and '.join(f'`{k}`' for k in kw)}, as far as it has parameters of these names, and needs {need}, too: set them by `partial`")
+    if need: raise _wrong(f"{what} is called with {' and '.join(f'`{k}`' for k in kw)}, as far as it has parameters of these names, and needs {need}, too: set them by `partial`")
     return {p.name:kw[p.name] for p in ps if p.name in kw}
 
 def _fresh(cb, source, dls):
@@ -104,7 +107,7 @@ def _maker(spec, nm, source, dls):
     def _make(learn):
         res = spec(**_named_args(spec, nm, learn=learn, teacher=source))
         if any(cb.trained or cb.curve for cb in learn.cbs if isinstance(cb, _Watch)): return None
-        if res is None: raise _Wrong(f"the method {nm!r} returned None and did not train: a function returns callbacks, or trains `learn` itself")
+        if res is None: raise _wrong(f"the method {nm!r} returned None and did not train: a function returns callbacks, or trains `learn` itself")
         return _maker(res, nm, source, dls)(learn)
     return _make
 
@@ -140,16 +143,16 @@ class _Runs:
 
     def student(self, seed):
         learn = self.make_student(seed)
-        if not isinstance(learn, Learner): raise _Wrong(f"`make_student` must return a Learner, got {type(learn).__name__}")
+        if not isinstance(learn, Learner): raise _wrong(f"`make_student` must return a Learner, got {type(learn).__name__}")
         if learn.dls is not self.dls:
-            if get_vocab(learn.dls)!=get_vocab(self.dls): raise _Wrong(f"the student's classes, {(get_vocab(learn.dls) or [])[:5]}, are not those of `dls`, {(get_vocab(self.dls) or [])[:5]}")
+            if get_vocab(learn.dls)!=get_vocab(self.dls): raise _wrong(f"the student's classes, {(get_vocab(learn.dls) or [])[:5]}, are not those of `dls`, {(get_vocab(self.dls) or [])[:5]}")
             for nm,a,b in zip(('training','validation'), learn.dls.loaders, self.data):
-                if (a:=_data(a, learn.dls.path)[0])!=b: raise _Wrong(f"the student's {nm} set is not that of `dls`: {a}, and {b}; `make_student(dls)` takes the `dls` that it is given")
+                if (a:=_data(a, learn.dls.path)[0])!=b: raise _wrong(f"the student's {nm} set is not that of `dls`: {a}, and {b}; `make_student(dls)` takes the `dls` that it is given")
         return learn
 
     def _check_init(self, learn, seed):
         init = weights_hash(_tensors(learn.model))
-        if self.inits.setdefault(seed, init)!=init: raise _Wrong(f"`make_student` gave other first weights for the same seed {seed}: it makes a new Learner each time, and draws nothing but from the random generators of torch, numpy and Python")
+        if self.inits.setdefault(seed, init)!=init: raise _wrong(f"`make_student` gave other first weights for the same seed {seed}: it makes a new Learner each time, and draws nothing but from the random generators of torch, numpy and Python")
         return init
 
     def _measure(self, learn, dl):
@@ -166,20 +169,19 @@ class _Runs:
                     cbs = [] if maker is None else maker(learn)
                     if cbs is not None:
                         self.fit(learn, cbs)
-                        if any(id(cb) not in watch.seen for cb in cbs): raise _Wrong("`fit` does not pass on the callbacks that it gets: `learn.fit(..., cbs=cbs)`")
+                        if any(id(cb) not in watch.seen for cb in cbs): raise _wrong("`fit` does not pass on the callbacks that it gets: `learn.fit(..., cbs=cbs)`")
                     row.update(step_ms=watch.step_ms, seconds=perf_counter()-t0)
                 with learn.no_bar():
                     row['valid'] = self._measure(learn, self.dls.valid)
                     if self.test is not None: row['test'] = self._measure(learn, self.test)
             for split in ('valid','test'):
                 if row[split] is not None and row[split].get(metric) is None: raise ValueError(f"{metric!r} on the {split} set is no finite number after training")
-        except _Wrong: raise
         except Exception as e:
             # nothing can be compared with a student that does not train
-            if strict: raise
+            if strict or getattr(e, 'of_experiment', False): raise
             row['error'] = f'{type(e).__name__}: {e}'
         finally: row['curve'] = watch.curve
-        if weights_hash(self._teacher_now())!=self.asked: raise _Wrong(f"{nm!r} has changed the teacher, which is one for all runs: train a copy of it")
+        if weights_hash(self._teacher_now())!=self.asked: raise _wrong(f"{nm!r} has changed the teacher, which is one for all runs: train a copy of it")
         return row
 
 @contextmanager

@@ -66,6 +66,8 @@ def born_again(
 )->tuple: # Learners of the generations, and a table with one row per epoch
     "Each generation is taught by the last; `Ensemble(learns)` is all of them as one teacher (Born-Again Networks, Furlanello et al. 2018, arXiv:1805.04770)"
     if isinstance(n_generations, bool) or not isinstance(n_generations, int) or n_generations<1: raise ValueError(f"`n_generations` must be a whole number, at least 1, got {n_generations!r}")
+    # a Learner can be called, too
+    if isinstance(make_student, Learner) or not callable(make_student): raise TypeError(f"`make_student` is a function that makes a new Learner of the number of its generation, `make_student(i)`, got {type(make_student).__name__}")
     learns,res = L(),[]
     for i in range(1, n_generations+1):
         learn = make_student(i)

@@ -44,12 +44,12 @@ class GradShare:
 
     def _begin_share(self): self._steps,self._told,self._early,self._blind = 0,False,[],False
 
-    def _note_grad(self, task, kd, alpha, w, terms):
+    def _note_grad(self, task, kd, alpha, w, terms, ws):
         "Measure this step, if it is its turn"
         learn,k = self._learn,min(self._every, max(self._learn.n_iter, 1))
         if self._blind or not (alpha or any(not o.layers for o in self.terms.terms)): return
         shown,early = self._logs('grad') and learn.iter%k==k//2,self._is_early(alpha, w)
-        if not (shown or early) or not isinstance(kd:=self._taught(kd, alpha, terms), Tensor) or not (zs:=self._logits(learn.pred)): return
+        if not (shown or early) or not isinstance(kd:=self._taught(kd, alpha, terms, ws), Tensor) or not (zs:=self._logits(learn.pred)): return
         try: v = grad_parts(w*task, kd, zs)
         # a compiled loss may give its gradient once only, and training is what needs it
         except RuntimeError as e:
@@ -67,10 +67,9 @@ class GradShare:
         like = self._picked(pred).shape
         return [z for z in zs if z.shape==like] or zs
 
-    def _taught(self, kd, alpha, terms):
+    def _taught(self, kd, alpha, terms, ws):
         "All that compares logits, weighted"
-        at = lambda o: o.weight(self._learn.pct_train) if callable(o.weight) else o.weight
-        return sum((at(o)*v for o,v in zip(self.terms.terms, terms) if not o.layers), alpha*kd)
+        return sum((w*v for o,v,w in zip(self.terms.terms, terms, ws) if not o.layers), alpha*kd)
 
     def _is_early(self, alpha, w):
         "Is this one of the steps 1, 2, 4, ... of this fit that the warning is about?"

@@ -16,6 +16,7 @@ from .measures import *
 from .targets.attach import *
 from .targets.data import *
 from .targets.items import *
+from .targets.items import _valid_keys
 from .targets.source import *
 from .targets.store import *
 from .task import *
@@ -34,9 +35,8 @@ def _same_items(student, teacher):
     if not isinstance(teacher, Learner) or len(teacher.dls.loaders)<2 or not len(teacher.dls.valid_ds): return
     a,b = [o.dls.valid for o in (student,teacher)]
     if a.dataset is b.dataset: return
-    # what the items are cannot always be told
-    try: ka,kb = [item_keys(o.dls.valid, o.dls.path) for o in (student,teacher)]
-    except (ValueError,TypeError): ka,kb = [np.arange(len(o.dataset)) for o in (a,b)]
+    ka,kb = _valid_keys(student, teacher)
+    if ka is None: ka,kb = [np.arange(len(o.dataset)) for o in (a,b)]
     if not (miss:=~np.isin(ka, kb)).any() and len(ka)==len(kb) and not _other_rows(a.dataset, b.dataset): return
     eg = f", such as {item_name(a, int(miss.argmax()))}" if miss.any() else ''
     raise ValueError(f"student and teacher have different validation sets: {len(ka)} items and {len(kb)}, {(~miss).sum()} are in both; the student's alone has {miss.sum()}{eg}. If the teacher was trained on them, it looks better than it is: make both with one split, or say which items are meant, `dl=student.dls.valid`")
@@ -52,6 +52,19 @@ def _stored(store, learn, dl, like):
     z = reorder(store.get(find_rows(store, keys)[0][like.items.numpy()], 'cpu'), check_fits(store, learn.dls), store.spec).float()
     ax = store.spec['axis']+1
     return Answers(z.movedim(ax, 1) if like.kind=='softmax' and ax>0 else z.reshape(len(z), -1) if z.ndim<2 else z, like.targ, like.kind, like.vocab, like.ignore_index, like.items)
+
+def _per_item(lf, z, y):
+    "A loss function of each item; one by one, if it cannot leave out its mean"
+    try:
+        with NoneReduce(lf) as f: v = f(z, y)
+        if isinstance(v, Tensor) and v.numel() and not v.numel()%len(z) and v.shape[:1]!=(): return v
+    except TypeError: pass
+    return torch.stack([lf(z[i:i+1], y[i:i+1]) for i in range(len(z))])
+
+def _thinned(ax, names, labels, most=30):
+    "Names along 'x' or 'y', as many as there is room for"
+    at = range(0, len(labels), -(-len(labels)//most))
+    ax.set(**{f'{names}ticks':at, f'{names}ticklabels':[labels[i] for i in at]})
 
 def _store(o):
     if isinstance(o, StoredTeacher) and o.store is not None: return o.store
@@ -117,7 +130,8 @@ class DistillationInterpretation(Interpretation):
         if not hasattr(self, '_losses'):
             self._need_labels('losses')
             lf,dev = self.learn.loss_func,first(self.learn.model.parameters()).device
-            with NoneReduce(lf) as f: self._losses = f(self._raw().to(dev), self.student.targ.to(dev)).as_subclass(Tensor).detach().cpu().reshape(len(self.student), -1).mean(1)
+            z,y = self._raw().to(dev),self.student.targ.to(dev)
+            self._losses = _per_item(lf, z, y).as_subclass(Tensor).detach().cpu().reshape(len(self.student), -1).mean(1)
         return self._losses
 
     def _batch(self, rows):
@@ -180,8 +194,9 @@ def plot_agreement_matrix(self:DistillationInterpretation,
     _,ax = plt.subplots(**kwargs)
     ax.imshow(v, cmap=cmap, interpolation='nearest', vmin=0)
     for i,j in np.ndindex(*v.shape) if ifnone(plot_txt, len(v)<=30) else (): ax.text(j, i, f'{v[i,j]:.{norm_dec}f}' if normalize else v[i,j], ha='center', va='center', color='white' if v[i,j]>v.max()/2 else 'black')
-    ax.set(title=title, ylabel=m.index.name.capitalize(), xlabel=m.columns.name.capitalize(), yticks=range(len(v)), yticklabels=m.index, xticks=range(v.shape[1]))
-    ax.set_xticklabels(m.columns, rotation=90)
+    ax.set(title=title, ylabel=m.index.name.capitalize(), xlabel=m.columns.name.capitalize())
+    for o,labels in zip('yx', (m.index,m.columns)): _thinned(ax, o, labels)
+    ax.tick_params('x', rotation=90)
     ax.grid(False)
 
 # %% ../nbs/60_interpret.ipynb #68c0dba6
@@ -209,6 +224,7 @@ def plot_errors(self:DistillationInterpretation,
     names = {'inherited':'inherited: both', 'new':'new: student alone', 'corrected':'corrected: teacher alone'}
     e = self.error_table().iloc[:-1][list(names)].rename(columns=names)
     ax = e.plot.bar(stacked=True, color=['C7','C3','C2'], ax=ax, width=.8, **kwargs)
+    if len(e)>30: _thinned(ax, 'x', e.index)
     ax.margins(y=.08)
     ax.set(ylabel='positions' if self.student.dense else 'items', title='Errors')
     ax.legend(loc='upper left', bbox_to_anchor=(1,1))

@@ -148,7 +148,7 @@ def _ordered(dl, n_items):
     dl.n = len(idxs)
     return dl,tensor(idxs)
 
-def _joined(zs, ys, ids, kind, order):
+def _joined(zs, ys, ids, kind):
     "All batches as one, in the order of the data set; positions become items where batches differ in their number"
     if len({z.shape[1:] for z in zs})>1:
         ids = torch.cat([i.repeat_interleave(z[0,0].numel()) for i,z in zip(ids, zs)]) if ids else None
@@ -199,7 +199,7 @@ def get_answers(
         names = ['valid_loss',*l.metrics.attrgot('name')]
     if not cb.zs: raise ValueError("there is nothing to ask about: the DataLoader has no batches")
     if idxs is not None and sum(cb.ns)!=len(idxs): raise ValueError(f"the DataLoader gave {sum(cb.ns)} items of {len(idxs)}: it leaves some out, and answers could not be told apart")
-    z,y,ids = _joined(cb.zs, cb.ys, [] if idxs is None else list(idxs.split(cb.ns)), kind, idxs)
+    z,y,ids = _joined(cb.zs, cb.ys, [] if idxs is None else list(idxs.split(cb.ns)), kind)
     return Answers(z, y, kind, get_vocab(learn.dls) if kind!='regress' else None, kw.get('ignore_index', -100), ids, dict(zip(names, rec)) if metrics and cb.ys else {})
 
 # %% ../nbs/59_measures.ipynb #b5fabc78
@@ -222,7 +222,8 @@ def _pair(a, b, kind):
 def _mean(v, mask): return (v if mask is None else v[mask]).double().mean().item()
 
 def agreement(
-    a, b, # `Answers`, or logits `(n,c,...)`
+    a, # `Answers` of one model, or logits `(n,c,...)`
+    b, # The same of the other
     kind:str|None=None # Of plain logits: 'softmax' (None) or 'binary'
 )->float: # 0-1
     "How often two models decide alike: share of items (or positions, or single labels) with the same class"
@@ -242,7 +243,8 @@ def _kls(s, t):
     return v if keep is None else v[keep]
 
 def kl_to(
-    student, teacher, # `Answers`, or logits `(n,c,...)`
+    student, # `Answers`, or logits `(n,c,...)`
+    teacher, # The same of the teacher
     kind:str|None=None # Of plain logits: 'softmax' (None) or 'binary'
 )->float: # In nats, at least 0
     "Mean divergence of the student's probabilities from the teacher's, KL(teacher‖student) at T=1; of each label's yes or no where there are several"

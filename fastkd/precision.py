@@ -31,7 +31,7 @@ def parity(
     diff,sd = max((x-y).abs().max().item() for x,y in zip(a,b)),torch.cat([t.flatten() for t in a]).std(correction=0).item()
     return dict(agree=same/n, diff=diff, sd=diff/sd if sd else float('inf') if diff else 0.)
 
-# %% ../nbs/29a_precision.ipynb #5e0b5cbf
+# %% ../nbs/29a_precision.ipynb #59f14e13
 class Numerics(NamedTuple):
     "One way of running a teacher"
     dtype:torch.dtype=torch.float32 # Type of autocast; float32: no autocast
@@ -65,7 +65,8 @@ def pick_precision(
     xbs:list, # Inputs of a few batches
     hows:list, # `Numerics`s to try, float32 first
     then=(), # Functions of the fastest so far that give one more to try, such as its compiled version
-    kind:str='softmax', axis:int=1, # What the answers are, and their class axis
+    kind:str='softmax', # What the answers are: 'softmax', 'binary' or 'regress'
+    axis:int=1, # Class axis of the answers
     agree:float=.99, # Least share of answers (classes, yes or no) that must be those of float32
     diff:float=.1, # Largest difference of a logit, in standard deviations of all logits
     gain:float=.05 # Least share of the time that must be saved

@@ -43,6 +43,18 @@ class Response:
         learn = self._learn
         raise ValueError(f"the teacher's answer to batch {learn.iter} of epoch {learn.epoch} is not finite: {int((~torch.isfinite(t)).sum())} of {t.numel()} values; check its inputs (normalisation) and precision (`Teacher(dtype=torch.float32)`)")
 
+    def _stand_in(self):
+        "Targets of a batch that has none: the teacher's hard answers, with weight 0"
+        if self._idle: raise ValueError("`lr_find` measures the Learner's own loss, and this batch has no labels to compute it from: find the learning rate with a Learner on labelled data")
+        if not self._ready: self._setup()
+        alpha,w = self._weights()
+        if self._needs_labels: raise ValueError(f"this batch has no labels, which {self._kd} needs: label it, or use a loss that does without, such as 'kd'")
+        if self.teacher_weight: raise ValueError("this batch has no labels, which a teacher that learns (`teacher_weight`) needs: label it, or leave `teacher_weight` out")
+        if w or not alpha: raise ValueError(f"this batch has no labels, so there is no task loss (weight {w:g}) to train on: label it, or learn from the teacher alone with `alpha=1`")
+        t = self._answer = self._ask()
+        y = {'softmax':lambda: t.argmax(self._axis) if isinstance(t, Tensor) else t.argmax(), 'binary':lambda: (t>0).float(), 'regress':lambda: t}[self._kind]()
+        return (y if self._shared is None else self._shared.full(y),)
+
     def _pred(self, pred):
         pred = self._picked(pred)
         return pred if self._shared is None else self._shared.pred(pred)

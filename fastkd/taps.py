@@ -65,14 +65,18 @@ def input_batches(
     model:nn.Module # Tells the device
 ): # Tuples of plain tensors
     "The inputs of the validation batches (of the training ones, if there are none), unshuffled"
+    for xb,_ in _batches(dls, nested_attr(first(model.parameters()), 'device', torch.device('cpu'))): yield xb
+
+def _batches(dls, dev):
+    "Inputs and the rest of the same batches"
     dl = dls
     if hasattr(dls, 'loaders'): dl = dls.valid if len(dls.loaders)>1 and len(dls.valid)>0 else dls.train.new(shuffle=False) if hasattr(dls.train, 'new') else dls.train
-    dev = nested_attr(first(model.parameters()), 'device', torch.device('cpu'))
     with dl.fake_l.no_multiproc() if hasattr(dl, 'fake_l') else nullcontext():
         for b in dl:
-            b = tuple(to_device(b, dev)) if is_listy(b) else (to_device(b, dev),)
+            b = to_device(b, dev)
+            b = tuple(o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in (b if is_listy(b) else (b,)))
             n = getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
-            yield tuple(o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in b[:n])
+            yield b[:n],b[n:]
 
 @contextmanager
 def model_copy(

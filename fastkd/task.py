@@ -73,9 +73,7 @@ def pick_items(
     keep:Tensor # Bool `(n,)`
 ):
     "Those items of a batch"
-    if isinstance(o, dict): return {k:pick_items(v, keep) for k,v in o.items()}
-    if isinstance(o, (tuple,list)): return type(o)(pick_items(v, keep) for v in o)
-    return o[keep] if isinstance(o, Tensor) else o
+    return apply(lambda t: t[keep] if isinstance(t, Tensor) else t, o)
 
 class LabelledLoss(GetAttr):
     "`loss_func` of the items that have a label, 0 if none has; with weights, `loss(pred, y, w)`, the weighted mean"
@@ -125,8 +123,8 @@ class DistillationLoss(GetAttr):
         alpha:float=.5, # Weight of the response loss, 0-1
         task_weight:float|None=None # Weight of the task loss; None: `1-alpha`
     ):
-        if not 0<=alpha<=1: raise ValueError(f"`alpha` must be between 0 and 1, got {alpha}")
-        if task_weight is not None and not 0<=task_weight<float('inf'): raise ValueError(f"`task_weight` must be finite and at least 0, got {task_weight}")
+        check_weight('alpha', alpha, 1)
+        if task_weight is not None: check_weight('task_weight', task_weight)
         self.task = ifnone(task, CrossEntropyLossFlat())
         self.kd,self.alpha,self.task_weight = infer_loss(self.task, loss),alpha,ifnone(task_weight, 1-alpha)
         self.kd_needs = 'targ' in loss_needs(self.kd)

@@ -27,6 +27,11 @@ def get_stats(
     n = first(o for o in getattr(nested_attr(dls, 'train.after_batch', None), 'fs', []) if isinstance(o, Normalize))
     return (n.mean,n.std) if n is not None and n.mean is not None else (0.,1.)
 
+def _check_stats(stats):
+    try: m,s = [tensor(o).float() for o in stats]
+    except (TypeError,ValueError,RuntimeError): raise TypeError(f"`stats` are a mean and a standard deviation, numbers or one per channel, got {stats!r}") from None
+    if not (m.isfinite().all() and (s>0).all() and s.isfinite().all()): raise ValueError(f"`stats` are a finite mean and a standard deviation greater than 0, got {stats!r}")
+
 class Teacher:
     "A frozen model that answers batches: eval mode at every call, no autograd, the student's device, classes and normalisation"
     def __init__(self,
@@ -47,13 +52,17 @@ class Teacher:
         if isinstance(model, Learner):
             vocab,stats = ifnone(vocab, get_vocab(model.dls)),ifnone(stats, get_stats(model.dls))
             model = model.model
+        if stats is not None: _check_stats(stats)
         if isinstance(model, type) or not isinstance(model, nn.Module):
-            raise TypeError(f"a teacher is a Learner, an nn.Module, a path of an export or a list of these; got {f'the class {model.__name__}: pass an instance' if isinstance(model, type) else repr(model)}")
+            raise TypeError(f"a teacher is a Learner, an nn.Module, a path of an export or a list of these; got {f'the class {model.__name__}: pass an instance' if isinstance(model, type) else 'weights: load them into a model' if isinstance(model, dict) and all(isinstance(o, Tensor) for o in model.values()) else repr(model)}")
         if any(o.is_meta for o in model.state_dict().values() if isinstance(o, Tensor)): raise ValueError("the teacher's weights are on the device 'meta', which keeps none: load them first, `model.load_state_dict(state, assign=True)`")
         store_attr()
         self.fn = torch.compile(model) if compile and dtype!='auto' else model
-        self.shared,self._compiled,self._how,self._how_for,self.report,self._cl,self._moved = None,None,None,None,None,False,False
-        self.idx,self.axis,self.whole,self.norm,self.match,self._mods,self._were_training = None,1,False,None,[],list(model.modules()),[]
+        # what `bind` finds out about a student, and `release` forgets
+        self.shared,self.idx,self.norm,self.match,self._were_training = None,None,None,[],[]
+        self.axis,self.whole,self._mods = 1,False,list(model.modules())
+        # what 'auto' has picked, and for what; is the model in another memory format because of it, or of the student?
+        self._compiled,self._how,self._how_for,self.report,self._cl,self._moved = None,None,None,None,False,False
 
     @classmethod
     @delegates(__init__, but='model')
@@ -231,7 +240,9 @@ class Ensemble:
     def reset(self): self.teachers.map(lambda t: t.reset())
 
     def _mean_log(self, zs, f): return torch.logsumexp(torch.stack([f(z.float())+w for z,w in zip(zs, self.log_w)]), 0)
-    def mean(self, zs):
+    def mean(self,
+        zs # One answer of each teacher
+    )->Tensor: # Shaped as one of them
         "Logits of the average of several answers"
         if self.kind=='regress': return sum(z*w for z,w in zip(zs, self.log_w.exp()))
         if self.kind=='binary': return self._mean_log(zs, F.logsigmoid)-self._mean_log(zs, lambda z: F.logsigmoid(-z))

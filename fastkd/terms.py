@@ -9,41 +9,18 @@ __all__ = ['Term', 'Terms']
 
 # %% ../nbs/35_terms.ipynb #e2ddceb8
 import torch
-from contextlib import nullcontext
 from copy import copy,deepcopy
 from fastai.basics import *
-from fastai.callback.mixup import MixHandler
 from .core import *
 from .losses.all import *
-from .adapters import *
-from .adapter_optim import *
-from .preflight import check_weight
 from .ranks import *
-from .taps import *
 from .task import *
 from .targets.data import *
-from .teacher import some_batches
+from .terms_setup import *
+from .terms_setup import _listy
 
-# %% ../nbs/35_terms.ipynb #53e25b57
-# what a method puts between the two layers, where it says so; the others need shapes to meet
-_adapters = dict(at='space', affinity='auto', fsp='auto', catkd='space', nst='space', sp='space', ab='ab', ofd='conv', ickd='conv', vid='vid', ft='ft', kta='ft', pad='pad', reviewkd='review',
-    srd='srd', simkd='simkd', crd='embed', cc='embed', nd='auto', **dict.fromkeys(('sskd','attention','norm','rkd','pkt','cka','skd_direction'), 'none'))
+# %% ../nbs/35_terms.ipynb #99c60297
 _with_logits = ('srd','dist_plus')
-# a batch of one item has no relations, and no variance
-_many = ('rkd','sp','pkt','cc','cka','skd_direction','srd','pad')
-
-def _rotated(xb, yb):
-    "A batch of SSKD: four rotations of each image, four times its label"
-    if len(xb)!=1 or len(yb)!=1: raise ValueError(f"SSKD rotates one image per item and needs one label, got {len(xb)} inputs and {len(yb)} targets")
-    return (rotate4(xb[0]),),(yb[0].repeat_interleave(4, 0),)
-
-def _listy(o): return isinstance(o, (list,tuple,L))
-
-def _at_most(n, *batch):
-    "A validation batch cut to the size of training: relations of triplets take memory in proportion to its cube"
-    if n is None or not all(isinstance(o, Tensor) for p in batch for o in p): return batch
-    return tuple(tuple(o[:n] for o in p) for p in batch)
-
 class Term:
     "One more thing to learn from the teacher: `loss` between layers of both models, or between their logits"
     def __init__(self,
@@ -74,8 +51,8 @@ class Term:
         self.loss.layers = None
     def __repr__(self): return f"Term({self.name}: {self.student or 'logits'} <- {self.teacher or 'logits'}, weight {self.weight})"
 
-# %% ../nbs/35_terms.ipynb #74c7b76a
-class Terms:
+# %% ../nbs/35_terms.ipynb #4ad97f25
+class Terms(TermsSetup):
     "The terms of a `KnowledgeDistillation` at work: what they tap, adapt and compare"
     def __init__(self,
         terms # `Term`, or a list of them
@@ -83,104 +60,21 @@ class Terms:
         self.terms = [terms] if isinstance(terms, Term) else list(terms)
         if (bad:=first(o for o in self.terms if not isinstance(o, Term))) is not None: raise TypeError(f"`terms` holds Terms, such as `Term(ATLoss(), 'layer3', 'layer3')`, got {bad!r}")
         self.names,self.adapters,self.opt = _unique([o.name for o in self.terms]),[],None
-        self._for = self._data = self._waiting = self._labelled = None
+        # taps of the student and of the teacher; for which student and data adapters and losses are; a state for adapters to come
+        self.ts = self.tt = self._for = self._data = self._waiting = None
+        # of this fit: the Learner's `LabelledLoss`, its loader with items, and what tells them
+        self._labelled = self._dl = self._items = None
     def __len__(self): return len(self.terms)
     @property
     def needs(self): return {k for o in self.terms for k in o.needs}
     @property
     def layers(self): return [o for o in self.terms if o.layers]
 
-    def setup(self, learn, teacher, run_student):
-        "Tap both models, make the adapters that their shapes need, and try each loss"
-        self._check(learn)
-        if not self.layers: self.ts = self.tt = None
-        else:
-            if len(teacher.parts)!=1 or hasattr(teacher, 'peek'): raise ValueError(f"layers can be compared with those of one live teacher, which runs in every step, got {teacher}: use a single model, without a store or `cache`")
-            self.ts = Taps(learn.model, sum((o.student for o in self.layers), []), who='the student')
-            self.tt = Taps(teacher.parts[0].fn, sum((o.teacher for o in self.layers), []), detach=True, who='the teacher')
-        xb,yb = _at_most(getattr(learn.dls.train, 'bs', None), *some_batches(learn, 1)[0])
-        if any(o.method=='sskd' for o in self.terms):
-            if not any(getattr(cb, 'rotates', False) for cb in learn.cbs): raise ValueError("SSKD compares rotated images: add the callback `Rotations()`, or train by `fit_sskd`")
-            xb,yb = _rotated(*[tuple(o[:8] for o in b) for b in (xb,yb)])
-        with self.ts or nullcontext(), self.tt or nullcontext():
-            pred,t = run_student(xb),getattr(teacher, 'peek', noop)(None)
-            # a store answers for training items, of which only the shapes are asked here
-            if t is not None and pred is not None: pred,t,yb = [o[:min(len(pred), len(t))] for o in (pred,t)]+[tuple(y[:min(len(pred), len(t))] for y in yb)]
-            else: t = getattr(teacher, 'live', teacher)(*xb)
-            if pred is None: raise ValueError("the student cannot run on a validation batch as it comes, so the shapes of its layers cannot be found")
-            fs,ft = self.take()
-        model,data = unwrap_model(learn.model),getattr(learn.dls, 'train_ds', None)
-        # what a loss keeps for each item is of one student and one training set
-        if self._for is not None and (self._for is not model or self._data is not data):
-            for o in self.terms: getattr(o.loss, 'reset', noop)()
-        if self._for is not model: self._build(fs, ft)
-        self._for,self._data,self._dl = model,data,None
-        self._try(learn, pred, t, fs, ft, yb)
-        if self._waiting is not None: self.load_state_dict(self._waiting)
-
-    def _check(self, learn):
-        "What would otherwise be found in the middle of training, or never"
-        taken = {'epoch','train_loss','valid_loss','time','task_loss','kd_loss','kd_alpha','kd_T',*L(learn.metrics).attrgot('name')}
-        if bad:=[n for n in self.names if n in taken]: raise ValueError(f"a column of the training table is named {bad[0]!r} already: give the Term another `name`")
-        self._labelled = lf if isinstance(lf:=plain_loss(learn.loss_func), LabelledLoss) else None
-        mixed = any(isinstance(cb, MixHandler) for cb in learn.cbs)
-        dl = learn.dls.train
-        n,bs = getattr(dl, 'n', None),getattr(dl, 'bs', None)
-        alone = n and bs and not getattr(dl, 'drop_last', False) and (n%bs or bs)==1
-        for o in self.terms:
-            for pos in (.5,1.,0.) if callable(o.weight) else (): check_weight('weight', o.weight(pos))
-            if mixed and self._labelled and 'targ' in o.needs: raise ValueError(f"{o!r} needs labels, which a mix of items with and without one has in part: leave MixUp or CutMix out, or this Term")
-            if self._labelled and {'index','targ'}<=set(o.needs): raise ValueError(f"{o!r} tells the classes of single items apart, and some have none here: use no classes (`CRDLoss(by_class=False)`)")
-            if mixed and {'index','targ'}<=set(o.needs): raise ValueError(f"{o!r} tells the classes of single items apart, which MixUp and CutMix mix: leave them out, or use no classes (`CRDLoss(by_class=False)`)")
-            if alone and o.method in _many: raise ValueError(f"{o!r} needs at least 2 items in a batch, and the last one of {n} items would hold 1: another `bs` than {bs}, or `drop_last=True`")
-
-    def _build(self, fs, ft):
-        self.adapters,i,j = [],0,0
-        with torch.random.fork_rng(devices=[]):
-            for o in self.terms:
-                if not o.layers: self.adapters.append(None); continue
-                ss,ts = [tuple(f.shape) for f in fs[i:i+len(o.student)]],[tuple(f.shape) for f in ft[j:j+len(o.teacher)]]
-                i,j = i+len(o.student),j+len(o.teacher)
-                self.adapters.append(self._adapter(o, ss if o.lists else ss[0], ts if o.lists else ts[0]))
-                # the next one starts from other weights
-                torch.rand(1)
-                # the teacher's side of these is trained, too
-                if o.adapter=='auto' and _adapters.get(o.method)=='embed': o.loss.teach_grad = True
-        mods = [m for m in (*self.adapters,*(o.loss for o in self.terms)) if isinstance(m, nn.Module)]
-        self.opt = AdapterOptim(mods)
-
-    def _adapter(self, o, ss, ts):
-        if o.adapter is None: return None
-        as_one = lambda m: m if isinstance(m, Adapter) else Adapter(student=m)
-        if isinstance(o.adapter, Adapters): return o.adapter
-        if _listy(o.adapter):
-            if not o.lists or len(o.adapter)!=len(o.student): raise ValueError(f"{o!r}: got {len(o.adapter)} adapters; pass one per pair of layers")
-            return Adapters(map(as_one, o.adapter))
-        if isinstance(o.adapter, nn.Module):
-            if o.lists and not isinstance(o.adapter, Adapter): raise ValueError(f"{o!r}: one module cannot adapt a list of layers; pass a list of modules, one per pair")
-            return as_one(o.adapter)
-        try: return make_adapter(ss, ts, _adapters.get(o.method, 'auto') if o.adapter=='auto' else o.adapter)
-        except ValueError as e: raise ValueError(f"{o!r}: {e}") from e
-
-    def _try(self, learn, pred, t, fs, ft, yb):
-        dev = first(learn.model.parameters()).device
-        self.opt.modules.to(dev) if self.opt is not None else None
-        n = find_bs(yb) if len(yb) else len(pred)
-        for o in self.terms:
-            if 'targ' in o.needs and not len(yb): raise ValueError(f"{o!r} needs labels, and these batches have none")
-            if 'index' in o.needs and hasattr(o.loss, 'set_items'): o.loss.set_items(len(learn.dls.train_ds))
-        mods = [m for m in self.opt.modules.modules()] if self.opt is not None else []
-        modes = [(m,m.training) for m in mods]
-        for m in mods: m.eval()
-        try:
-            with torch.no_grad(): vs = self(pred, t, fs, ft, yb, torch.arange(n, device=dev)%len(learn.dls.train_ds) if 'index' in self.needs else None)
-            for o,v in zip(self.terms, vs):
-                if not torch.isfinite(v): raise ValueError(f"{o!r} is {v.item():g} for the first validation batch: look at what its layers return, and at the precision of the models")
-        finally:
-            for m,mode in modes: m.training = mode
-
     # -- in training
-    def on(self, learn):
+    def on(self,
+        learn:Learner # The student
+    ):
+        "Set the taps, and know the items of each batch where a loss asks for them"
         if not self.terms: return
         for o in self._taps: o.on()
         # in a run of several processes, a Learner of this one has a memory of its own
@@ -200,20 +94,23 @@ class Terms:
         for o in self._taps: o.off()
     def arm(self):
         for o in self._taps: o.arm()
-    def now(self, learn, pred, t, mix):
-        "Values of the terms, and their weighted sum"
+    def now(self,
+        learn:Learner, # The student, with a batch at hand
+        pred, # Its answer
+        t, # The teacher's
+        mix # The callback that mixes the items, such as MixUp; None: none does
+    )->tuple: # One value per term, and one number
+        "Values of the terms, and their weights"
         index = tensor(self._items.items_now).to(pred.device) if 'index' in self.needs else None
-        vs = self(pred, t, *self.take(), learn.yb, index, mix)
         ws = [check_weight('weight', o.weight(learn.pct_train)) if callable(o.weight) else o.weight for o in self.terms]
-        # a term that is off has no say, whatever its value
-        return vs,sum(v*w for v,w in zip(vs, ws) if w)
+        return self(pred, t, *self.take(), learn.yb, index, mix),ws
     def step(self, learn):
         if self.opt is not None: self.opt.step(learn)
     def zero_grad(self):
         if self.opt is not None: self.opt.zero_grad()
     def take(self): return tuple(o.take() if o is not None else [] for o in (self.ts,self.tt))
     @property
-    def _taps(self): return [o for o in (getattr(self, 'ts', None),getattr(self, 'tt', None)) if o is not None]
+    def _taps(self): return [o for o in (self.ts,self.tt) if o is not None]
 
     def __call__(self, pred, t, fs, ft, yb, index=None, mix=None):
         "The value of each term, in their order"

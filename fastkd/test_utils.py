@@ -11,7 +11,7 @@ __all__ = ['MemoryDL', 'digits_dls', 'tiny_cnn', 'n_params', 'digits_learner', '
 from fastai.vision.all import *
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch.utils.flop_counter import FlopCounterMode
+from .costs import count_flops
 
 # %% ../nbs/01_test_utils.ipynb #02beafea
 class MemoryDL(TfmdDL):
@@ -118,11 +118,8 @@ def cost_table(
     "Parameters, multiplications for one item (torch's own counter), and a training step with a live teacher in those of the student alone"
     n_inp = getattr(student.dls, 'n_inp', 1)
     one = [o[:1].as_subclass(Tensor) for o in student.dls.valid.one_batch()[:n_inp]]
-    def _count(m):
-        with FlopCounterMode(display=False) as f, torch.no_grad(): deepcopy(m).eval()(*one)
-        return f.get_total_flops()//2
     models = {'student':student.model, **{k:getattr(v, 'model', v) for k,v in teachers.items()}}
-    n = {k:_count(m) for k,m in models.items()}
+    n = {k:count_flops(deepcopy(m).eval(), one)/2 for k,m in models.items()}
     # backward takes twice the multiplications of forward
     step = {k:1+(v/(3*n['student']) if k!='student' else 0) for k,v in n.items()}
-    return pd.DataFrame([(n_params(m), n[k], round(step[k], 1)) for k,m in models.items()], index=list(models), columns=['parameters','multiplications','a step with it'])
+    return pd.DataFrame([(n_params(m), n[k], round(step[k], 1)) for k,m in models.items()], index=list(models), columns=['parameters','multiplications','a step with it']).astype({'multiplications':int}, errors='ignore')

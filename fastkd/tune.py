@@ -146,7 +146,7 @@ class _Look:
 
 # %% ../nbs/63_tune.ipynb #21cc972b
 class SuggestedKD(namedtuple('SuggestedKD', 'T alpha')):
-    "What `kd_find` suggests, and the tables behind it: `by_T`, `share`, `teacher` and `notes`"
+    "What `kd_find` suggests, the temperature `T` and the weight `alpha` (0-1), and the tables behind it: `by_T`, `share`, `teacher` and `notes`"
     def plot(self,
         axs=None # Three axes to draw on; None: new ones
     ):

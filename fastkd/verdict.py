@@ -10,7 +10,7 @@ __all__ = ['paired_stats', 'holm', 'seeds_for', 'judge', 'Experiment']
 # %% ../nbs/61a_verdict.ipynb #a85929c0
 import html,textwrap
 from fastai.basics import *
-from scipy.stats import t as student_t
+from scipy.stats import nct,t as student_t
 from .core import *
 
 # %% ../nbs/61a_verdict.ipynb #120f7502
@@ -41,20 +41,24 @@ def holm(
     if order: res[order] = np.minimum(np.maximum.accumulate([(len(order)-k)*p[i] for k,i in enumerate(order)]), 1)
     return res
 
-# %% ../nbs/61a_verdict.ipynb #db8849a4
-def _width(sd, n): return student_t.ppf(.975, n-1)*sd/n**.5
-
+# %% ../nbs/61a_verdict.ipynb #5beb4001
 def seeds_for(
     sd:float, # Standard deviation of the differences, at least 0
-    width:float, # Half of the interval, greater than 0
+    diff:float, # Mean difference to be told from zero, whatever its sign; not 0
+    power:float=.8, # How often they are to tell it, 0-1
     most:int=1000 # Look no further
 )->int|None: # At least 2; None: more than `most`
-    "Seeds after which the 95 % interval is about as narrow as `width` on each side"
-    return first(n for n in range(2, most+1) if _width(sd, n)<=width)
+    "The fewest seeds `n` whose paired t test at 5 % finds `diff` with probability `power`: P(t' > t(.975, n-1)) for the noncentral t' of n-1 degrees, moved by |diff|·√n/sd (Student 1908; Cohen 1988)"
+    if not (sd>=0 and diff and 0<power<1): raise ValueError(f"`sd` must be at least 0, `diff` not 0 and `power` between 0 and 1, got {sd}, {diff} and {power}")
+    n = np.arange(2, most+1)
+    # further than 30 there is no doubt left, and the distribution no figures
+    moved = np.minimum(abs(diff)*n**.5/max(sd, 1e-300), 30)
+    return first(n[nct.sf(student_t.ppf(.975, n-1), n-1, moved)>=power].tolist())
 
 def judge(
     diff:float, # Mean difference to the student alone
-    lo:float, hi:float, # Its 95 % interval
+    lo:float, # Lower end of its 95 % interval
+    hi:float, # Upper end
     p:float, # Corrected p value
     n:int, # Seeds
     margin:float, # A difference that is not worth having, greater than 0
@@ -158,8 +162,9 @@ def _line(self:Experiment, nm, r, n):
     if w=='no gain': return f"{nm}: no gain, {up}: {'a difference there is, but it stays' if r.p<.05 else 'whatever it does, it stays'} within ±{_num(self._margin)}, less than `margin`{fail}"
     if w in ('helps','hurts'): return f"{nm} {w}: {up}, {_p(r.p)}{fail}"
     if np.isnan(r.p): return f"{nm}: not enough seeds, {_num(r['diff'], True)} in each of {n}, so that the spread is not known{fail}"
-    k = seeds_for(r.diff_sd, max(abs(r['diff']), self._margin))
-    more = 'with this spread, more than 1000 would be needed' if k is None else f'with this spread, about {k} would tell' if k>n else 'on its own it would differ, but not as one of several methods'
+    big = max(abs(r['diff']), self._margin)
+    k = seeds_for(r.diff_sd, big) if big else None
+    more = 'with this spread, more than 1000 would be needed' if k is None else f'with this spread, about {k} would tell (four times out of five)' if k>n else 'on its own it would differ, but not as one of several methods'
     return f"{nm}: not enough seeds, {up}; {more}{fail}"
 
 @patch

@@ -20,7 +20,7 @@ nbs,url,index = root/cfg.nbs_path.name,cfg.doc_url.rstrip('/')+'/','index.ipynb'
 re_dash = re.compile(r'^(#+) (\S+) -[ \t]*$', re.M)
 sections = {'tutorials':'Tutorials', 'explain':'Explain'}
 # Groups of API pages in the order of the navigation, each with the number its notebooks begin at
-api = {'The callback':'35', 'Teachers':'30', 'Losses':'10', 'Schemes':'40a', 'Stored targets':'45', 'Did it help?':'59', 'Commands and scripts':'80', 'Layers and inputs':'20', 'Basics':'00'}
+api = {'The callback':'34b', 'Teachers':'30', 'Losses':'10', 'Schemes':'40a', 'Stored targets':'45', 'Did it help?':'59', 'Commands and scripts':'80', 'Layers and inputs':'20', 'Basics':'00'}
 first = ['dark_knowledge'] # pages of a section that come before those in the order of file names
 # Pictures of the front page: notebook, text in the cell that made the picture, caption
 gallery = [
@@ -158,6 +158,14 @@ def _width(b):
     px,per_m = (int.from_bytes(b[j:j+4], 'big') for j in (16,i+4))
     return f' width={round(px/per_m/.0254*90)}'
 
+def _md_table(m):
+    "A pandas table as a markdown table; one with merged cells stays HTML"
+    if re.search('(?:col|row)span', m[0]): return m[0]
+    def cells(r): return [' '.join(re.sub(r'</?b>', '**', o).replace('|', r'\|').split()) for o in re.findall(r'<t[hd][^>]*>(.*?)</t[hd]>', r, re.S)]
+    head,body = ([cells(o) for o in re.findall(r'<tr[^>]*>(.*?)</tr>', part, re.S)] for part in m[0].split('</thead>'))
+    align = [':--']+['--:' if 'text-align: right' in m[0] else ':--']*(len(head[0])-1)
+    return '\n'.join('| '+' | '.join(r)+' |' for r in ([max(o) for o in zip(*head)], align, *body)) # the index's name has a row of its own
+
 def _out(o, img, math, cls):
     "Markdown of one output, richest form first"
     if o['output_type']=='stream': return _fence(re.sub(r'[^\n]*\r(?!\n)|\x1b\[[0-9;]*m', '', _txt(o['text'])), 'text', cls) if _txt(o['text']).strip() else ''
@@ -169,7 +177,8 @@ def _out(o, img, math, cls):
     if 'text/html' in d:
         def cell(m): return f'<td{m[1]}{(n := len(m[2]))<25 and " class=short" or n>40 and " class=long" or ""}>{m[2]}</td>'
         s = re.sub(r'<table[^>]*>', '<table>', re.sub(r'<style.*?</style>|^\s+', '', _txt(d['text/html']), flags=re.S|re.M))
-        return s if not cls else re.sub(r'<td(?: id="[^"]*")?(?: class="[^"]*")?([^>]*)>(.*?)</td>', cell, s, flags=re.S)
+        if not cls: return re.sub(r'\s*<table>.*?</table>\s*', lambda m: f'\n\n{_md_table(m)}\n\n', re.sub(r'</?(?:div|p)\b[^>]*>', '', s.replace('&#x27;', "'")), flags=re.S).strip()
+        return re.sub(r'<td(?: id="[^"]*")?(?: class="[^"]*")?([^>]*)>(.*?)</td>', cell, s, flags=re.S)
     return _fence(_txt(d['text/plain']), 'text', cls) if d.get('text/plain') else ''
 
 def _main_first(cells):

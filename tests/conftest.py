@@ -39,5 +39,16 @@ def files(d, sub='.', pat='*'):
     "Relative paths of the files in `d/sub`, caches left out"
     return {p.relative_to(d).as_posix() for p in (d/sub).rglob(pat) if p.is_file() and not {'__pycache__','.ipynb_checkpoints'}&set(p.parts)}
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    "All tests together run in two processes, those of a file in one; named files run in this process, where `-s` and `--pdb` work"
+    o = config.option
+    if config.args_source!=config.ArgsSource.TESTPATHS or hasattr(config, 'workerinput') or getattr(o, 'numprocesses', 0) is not None or o.usepdb: return
+    o.numprocesses,o.dist,o.loadscopereorder,o.maxworkerrestart = 2,'loadfile',False,'0'
+
+def pytest_collection_modifyitems(items):
+    "The notebooks take longest, in processes of their own: they begin first, and the other files run beside them"
+    items.sort(key=lambda o: o.path.name!='test_notebooks.py')
+
 @pytest.fixture(scope='session')
 def copy(tmp_path_factory): return copy_project(tmp_path_factory.mktemp('copy')/'fastkd')

@@ -101,9 +101,8 @@ class TestPrecompute:
 class TestInfo:
     def test_info(self, d):
         fastkd('precompute', d/'plain.pkl', d/'images', d/'info', '--kind', 'sparse', '--temp', 2, '--k', 4)
-        assert 'made with' in run('fastkd-info', d/'info', cwd=root).stdout
         out = fastkd('info', d/'info', '--verify')
-        assert '120 rows are as they were written' in out and 'sparse' in out and 'q, r, s, t' in out
+        assert '120 rows are as they were written' in out and 'made with' in out and 'sparse' in out and 'q, r, s, t' in out
         f = max((d/'info').rglob('*.npy'), key=lambda p: p.stat().st_size)
         b = bytearray(f.read_bytes()); b[-3] ^= 255; f.write_bytes(b)
         r = run('fastkd-info', d/'info', '--verify', cwd=root, ok=False)

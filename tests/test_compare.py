@@ -295,6 +295,34 @@ def test_another_kind_is_refused():
     s.model,s.loss_func,s.metrics = nn.Linear(3, 1),BCEWithLogitsLossFlat(),[]
     with pytest.raises(ValueError, match="binary"): compare([t,s], n_timed=0)
 
+def test_cost_table_counts_as_compare_does():
+    "Attention, too, which in eval mode torch runs in one piece that its counter does not know"
+    m = nn.Sequential(nn.Flatten(1, 2), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(64, 10))
+    learn = quiet(Learner(data(100, 'digit', None), m, metrics=accuracy))
+    n = cost_table(learn).multiplications['student']
+    # projections in and out, scores and values, the two layers behind, the head
+    assert n==8*8*24+8*8*8+2*8*8*8+2*8*8*16+640==round(compare([learn], n_timed=0).MFLOPs.iloc[0]*1e6/2)
+
+def test_precision_of_the_times():
+    "On a GPU a Learner's mixed precision is that of its times; fastai has none elsewhere"
+    from fastkd.compare import _in_precision
+    learn,seen = digits().to_bf16(),[]
+    m = learn.model
+    assert _in_precision(m, learn.cbs, 'cpu') is m and _in_precision(m, digits().cbs, 'cuda') is m
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # without a GPU autocast says that it does nothing
+        mp = pytest.MonkeyPatch()
+        with mp.context() as p:
+            real = torch.autocast
+            def noted(*args):
+                seen.append(args)
+                return real('cpu', args[1], enabled=False)
+            p.setattr(torch, 'autocast', noted)
+            x = torch.rand(2,1,8,8)
+            z = _in_precision(m.eval(), learn.cbs, 'cuda')(x)
+            _in_precision(m, digits().to_fp16().cbs, 'cuda')(x)
+    assert seen==[('cuda',torch.bfloat16),('cuda',torch.float16)] and torch.equal(z, m(x))
+
 # how it looks
 def test_marks_and_text():
     got = compare(dict(a=digits(), **{'<b>':digits(seed=1)}), n_timed=0)

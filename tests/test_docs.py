@@ -1,9 +1,70 @@
-"The HTML docs build from the notebooks, and a dead link or anchor fails the build"
-import importlib,importlib.util,json,pkgutil,re
+"Every public name is explained and shown, the HTML docs build from the notebooks, and a dead link or anchor fails the build"
+import importlib,importlib.util,inspect,json,pkgutil,re
 from html import unescape
 import pytest
 import fastkd
 from conftest import copy_project,root,run
+
+mods = [o.name for o in pkgutil.walk_packages(fastkd.__path__, 'fastkd.') if not (o.ispkg or '._' in o.name or o.name.endswith('.all'))]
+
+def public():
+    "Everything that is public, once: where it is at home, its name, and itself"
+    for m in mods:
+        mod = importlib.import_module(m)
+        for k in mod.__all__:
+            if callable(o:=getattr(mod, k)) and getattr(o, '__module__', m)==m: yield m,k,o
+
+def unexplained(f):
+    "Parameters of a function without a comment"
+    from fastcore.docments import docments
+    d = docments(f, returns=False)
+    ps = [p for p in inspect.signature(f).parameters.values() if p.kind not in (p.VAR_POSITIONAL,p.VAR_KEYWORD)]
+    return [p.name for p in ps if p.name not in ('self','cls') and p.name[0]!='_' and not d.get(p.name)]
+
+def methods():
+    "Public methods of public classes that are no losses"
+    for m,k,o in public():
+        for n,v in vars(o).items() if inspect.isclass(o) and not m.startswith('fastkd.losses') else ():
+            v = getattr(v, '__func__', v)
+            if n[0]!='_' and inspect.isfunction(v) and v.__module__.startswith('fastkd.'): yield f'{m}: {k}.{n}',n,v
+
+def test_every_name_is_explained():
+    "A docstring for each function and class, a comment for each parameter"
+    bad = []
+    for m,k,o in public():
+        if not (vars(o).get('__doc__') if inspect.isclass(o) else o.__doc__): bad.append(f'{m}: {k} has no docstring')
+        # a class without an `__init__` of its own has that of its parent, a named tuple its fields; losses have one comment for what all of them take
+        f = vars(o).get('__init__') if inspect.isclass(o) else o
+        if not m.startswith('fastkd.losses') and inspect.isfunction(f) and (miss:=unexplained(f)): bad.append(f'{m}: {k} does not explain {miss}')
+    assert len(list(public()))>300 and not bad, '\n'.join(bad)
+
+def test_every_method_is_explained():
+    "What fastai or torch call, or several of our classes have in common, is explained once"
+    from fastai.basics import Callback,TfmdDL,event,nn
+    from fastai.interpret import Interpretation
+    from torch.autograd import Function
+    theirs = {n for o in (Callback,event,TfmdDL,nn.Module,Interpretation,Function) for n in dir(o)}
+    ours = {n for _,n,v in methods() if v.__doc__ and not unexplained(v)}
+    bad = [f'{nm} does not explain {unexplained(v) or "itself"}' for nm,n,v in methods() if n not in theirs|ours and (not v.__doc__ or unexplained(v))]
+    assert len(ours)>50 and not bad, '\n'.join(bad)
+
+def test_every_name_is_shown():
+    "In a cell that readers see, and that runs"
+    hidden = re.compile(r'#\|\s*(export|exporti|hide|default_exp|eval: false)\b')
+    seen = set()
+    for f in (root/'nbs').rglob('*.ipynb'):
+        for c in json.loads(f.read_text(encoding='utf-8'))['cells']:
+            s = ''.join(c['source'])
+            if c['cell_type']=='code' and not any(hidden.match(l) for l in s.splitlines()): seen.update(re.findall(r'[A-Za-z_]\w*', s))
+    miss = [f'{m}: {k}' for m,k,o in public() if k not in seen and not shown_by_name(o, seen)]
+    assert not miss, 'no cell shows '+', '.join(miss)
+
+def shown_by_name(o, seen):
+    "A loss is a function and a module, and has a registered name: one of them will do"
+    from fastkd.core import KDModule,_losses
+    import fastkd.losses.all as losses
+    twin = [v for v in vars(losses).values() if inspect.isclass(v) and issubclass(v, KDModule) and (v is o or getattr(v, 'func', None) is o)]
+    return any({v.__name__,v.func.__name__ if v.func else None,*(k for k,c in _losses.items() if c is v)}&seen for v in twin)
 
 @pytest.fixture(scope='module')
 def site(copy):
@@ -46,7 +107,6 @@ def test_every_public_symbol(site):
     d,pages = site
     found = {o['location'] for o in json.loads((d/'search/search_index.json').read_text(encoding='utf-8'))['docs']}
     assert (d/'search/search_index.js').read_text(encoding='utf-8').startswith('var __index') # for pages opened as files
-    mods = [o.name for o in pkgutil.walk_packages(fastkd.__path__, 'fastkd.') if not (o.ispkg or '._' in o.name or o.name.endswith('.all'))]
     miss,n = [],0
     for m in mods:
         mod = importlib.import_module(m)

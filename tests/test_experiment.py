@@ -153,7 +153,8 @@ class TestMethods:
         learn = make_student(dls)
         for bad,err,text in ((learn, TypeError, 'a function'), (lambda a, b: learn, TypeError, 'set them by `partial`'), (lambda: 3, ValueError, 'must return a Learner'),
             (lambda: Learner(small(80), mlp(8), metrics=accuracy), ValueError, "training set is not that"), (lambda: Learner(digits_dls(60, bs=20, vocab=list('9876543210')), mlp(8), metrics=accuracy), ValueError, 'classes')):
-            with pytest.raises(err, match=text): do('kd', bad)
+            with pytest.raises(err, match=text) as e: do('kd', bad)
+            assert e.type is err # no class of our own in a message
         with pytest.raises(ValueError, match='other first weights'): do('kd', lambda: learn)
         with pytest.warns(UserWarning, match='begin with the same weights'): do('kd', lambda dls: digits_learner(dls, widths=(2,2,2)))
         e = do('kd', partial(digits_learner, widths=(2,2,2))) # takes `seed`

@@ -335,7 +335,9 @@ class TestWarning:
         assert not [o for o in w if 'of the gradient' in str(o.message)]
 
 def test_log():
-    for o in ('time','grad,time','gradcost',['grad'],2,None):
+    a,b = [[c for c in fit_table(fit(digits_learner(few), cbs=KD(good, log=o)))] for o in ('cost,grad','grad,cost')]
+    assert a==b and 'teacher_share' in a
+    for o in ('time','grad,time','gradcost','','grad,',['grad'],2,None):
         with pytest.raises(ValueError, match="'cost', 'grad' or 'cost,grad'"): KD(good, log=o)
     assert not [c for c in fit_table(fit(digits_learner(few), cbs=KD(good))) if 'grad' in c]
 

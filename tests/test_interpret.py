@@ -462,6 +462,39 @@ class TestBad:
         j.plot_top_disagreements(2), j.plot_softened(0), j.plot_cka()
         plt.close('all')
         with pytest.raises(ValueError, match='`items=True` needs'): j.top_disagreements(2, items=True)
+    def test_loss_without_reduction(self):
+        "A loss function of one's own that only knows its mean is asked item by item"
+        s,t,i = digits()
+        class Own(nn.Module):
+            def forward(self, z, y): return F.cross_entropy(z, y)
+        for lf in (lambda z, y: F.cross_entropy(z, y), Own(), lambda z, y, reduction='mean': F.cross_entropy(z, y)):
+            l = Learner(s.dls, s.model, loss_func=lf)
+            j = DistillationInterpretation(l, s.dls.valid, i.student, i.teacher)
+            close(j.losses, i.losses)
+            assert torch.equal(j.top_losses(3)[1], i.top_losses(3)[1])
+        j.plot_top_losses(2)
+        plt.close('all')
+    def test_many_classes_are_thinned_out(self):
+        n = 100
+        s,y = digits()[0],torch.arange(200)%n
+        a,b = [Answers(torch.randn(200, n, generator=torch.Generator().manual_seed(i)), y, 'softmax', [f'class {i}' for i in range(n)], -100, torch.arange(200)) for i in (0,1)]
+        j = DistillationInterpretation(s, s.dls.valid, a, b)
+        for plot,axes in ((j.plot_agreement_matrix,'xy'), (j.plot_errors,'x')):
+            plot()
+            for o in axes:
+                at,labels = getattr(plt.gca(), f'get_{o}ticks')(),[l.get_text() for l in getattr(plt.gca(), f'get_{o}ticklabels')()]
+                assert 10<len(at)<=30 and labels==[f'class {int(i)}' for i in at]
+        digits()[2].plot_agreement_matrix()
+        assert [o.get_text() for o in plt.gca().get_xticklabels()]==[str(i) for i in range(10)]
+        plt.close('all')
+    def test_files_are_the_same_from_any_folder(self, tmp_path):
+        def learner(path, root=tmp_path):
+            fs = [root/f'{i}.png' for i in range(6)]
+            db = DataBlock((TransformBlock,CategoryBlock(vocab=['0','1'])), get_items=lambda _: fs, get_x=lambda o: torch.full((3,), float(o.stem)), get_y=lambda o: str(int(o.stem)%2), splitter=IndexSplitter([3,4,5]))
+            return Learner(db.dataloaders(None, path=path, bs=2, num_workers=0), nn.Linear(3, 2))
+        s = learner(tmp_path)
+        for t in (learner('.'),learner(tmp_path/'x', tmp_path/'x')): assert len(sided(s, t).teacher)==3
+        with pytest.raises(ValueError, match='0 are in both'): sided(s, learner('.', tmp_path/'x'))
     def test_random_transforms(self):
         "Both see the same version of an item"
         s = digits_learner(digits_dls(64, bs=16, batch_tfms=[Flip(p=.5), Rotate(45., p=1.)]))

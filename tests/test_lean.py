@@ -283,3 +283,18 @@ def test_bad_input_as_before(always):
     with pytest.raises(ValueError, match='differ in shape'): kd_loss(s, t[:,:1])
     with pytest.raises(ValueError, match='nothing to compare'): kd_loss(s[:0], t[:0])
     with pytest.raises(ValueError, match='needs logits'): kd_loss(s[0], t[0])
+
+def test_mlkd_keeps_nothing_that_grows_with_the_square_of_the_classes():
+    "Its class term is computed from products of items, and equals that of the products of classes"
+    from fastkd.losses.all import mlkd_loss
+    (s,t),sizes = pair(4, 2000),[]
+    s.requires_grad_()
+    def pack(o):
+        sizes.append(o.numel())
+        return o
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda o: o): res = mlkd_loss(s, t, Ts=(), T=2.)
+    assert max(sizes)<=s.numel()
+    ps,pt = (s/2).softmax(1),(t/2).softmax(1)
+    items,classes = (pt@pt.T-ps@ps.T).pow(2).sum(1).mean(),(pt.T@pt-ps.T@ps).pow(2).sum()/2000
+    want = 4*(pt*(pt.log()-ps.log())).sum(1).mean()+items+classes
+    torch.testing.assert_close((res,*torch.autograd.grad(res, s)), (want,*torch.autograd.grad(want, s)))

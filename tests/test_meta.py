@@ -2,7 +2,7 @@
 import ast,re,sys,tarfile,zipfile
 from configparser import ConfigParser
 from importlib.metadata import distribution
-import pytest
+import pytest,yaml
 import fastkd
 from packaging.requirements import Requirement
 from conftest import copy_project,files,root,run
@@ -23,6 +23,11 @@ def test_one_version_and_name():
     assert ini['license']==dist.metadata['License-Expression'] and dist.metadata['Requires-Python']==f">={ini['min_python']}"
     log = (root/'CHANGELOG.md').read_text(encoding='utf-8')
     assert re.search(rf"^## \[?{re.escape(ini['version'])}\]?", log, re.M), 'CHANGELOG.md has no section for this version'
+
+def test_citation():
+    o = yaml.safe_load((root/'CITATION.cff').read_text(encoding='utf-8'))
+    assert (o['version'],o['license'],[a['name'] for a in o['authors']])==(ini['version'],ini['license'],[ini['author']])
+    assert o['repository-code']==proj['urls']['Repository'] and o['title'].startswith(f"{ini['lib_name']}: ")
 
 def test_requirements():
     needs = [o for o in dist.requires if 'extra ==' not in o]
@@ -64,4 +69,4 @@ def test_wheel(built):
 def test_sdist(built):
     code = files(root, 'fastkd', '*.py')
     egg = {f'fastkd.egg-info/{o}.txt' for o in ('SOURCES','dependency_links','entry_points','requires','top_level')}|{'fastkd.egg-info/PKG-INFO'}
-    assert only(built[0], code|egg|set('settings.ini setup.py setup.cfg pyproject.toml MANIFEST.in README.md LICENSE CHANGELOG.md PKG-INFO'.split()))==([],[])
+    assert only(built[0], code|egg|set('settings.ini setup.py setup.cfg pyproject.toml MANIFEST.in README.md LICENSE CHANGELOG.md CITATION.cff PKG-INFO'.split()))==([],[])

@@ -13,7 +13,7 @@ def env(**kw): return {**{k:v for k,v in os.environ.items() if k not in ('RANK',
 def launch(what, d, *cmd):
     "What the command printed, and its exit status"
     p = subprocess.Popen([*cmd, str(script), what, str(d)], env=env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    try: return p.communicate(timeout=240)[0],p.returncode
+    try: return p.communicate(timeout=600)[0],p.returncode
     except subprocess.TimeoutExpired:
         p.terminate() # the launcher ends its processes, then
         try: out = p.communicate(timeout=60)[0]
@@ -25,7 +25,7 @@ def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         return str(s.getsockname()[1])
-accelerate = sys.executable,'-m','accelerate.commands.launch','--multi_gpu','--num_machines','1','--num_processes','2','--mixed_precision','no','--dynamo_backend','no','--main_process_port',free_port()
+def accelerate(): return sys.executable,'-m','accelerate.commands.launch','--multi_gpu','--num_machines','1','--num_processes','2','--mixed_precision','no','--dynamo_backend','no','--main_process_port',free_port()
 
 def share(rank, n, path):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(n))
@@ -129,7 +129,7 @@ def test_raises_in_training(both):
 
 def test_accelerate(both, tmp_path):
     "The same by `accelerate launch`; and a process that is killed while it fills a store ends all, and the store is completed afterwards"
-    out,rc = launch('short', tmp_path, *accelerate)
+    out,rc = launch('short', tmp_path, *accelerate())
     for r in range(2): assert torch.equal(torch.load(tmp_path/f'{r}.pt', weights_only=False)['kd'][0], both.res[0]['kd'][0]), out[-3000:]
     assert rc!=0 and 'SIGKILL' in out, out[-3000:]
     n = len(TargetStore(tmp_path/'killed'))

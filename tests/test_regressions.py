@@ -347,6 +347,27 @@ class TestOtherCallbacks:
         for s in spies[0].steps: close(s.loss, kl(s.pred, ask(net, s.x), 4).mean(), rtol=1e-5)
         assert torch.equal(*ws)
 
+    @pytest.mark.parametrize('how', ['wrapped','subclass'])
+    def test_another_fit(self, few, net, monkeypatch, tmp_path, how):
+        "Experiment loggers wrap `Learner.fit`, projects write their own: columns and trackers of them are there all the same"
+        fit_,seen = Learner.fit,[]
+        @functools.wraps(fit_)
+        def wrapper(*args, **kwargs):
+            seen.append(1)
+            return fit_(*args, **kwargs)
+        class Mine(Learner):
+            def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
+                seen.append(1)
+                with self.added_cbs(cbs):
+                    self.create_opt()
+                    self.opt.set_hypers(lr=self.lr if lr is None else lr)
+                    self.n_epoch = n_epoch
+                    self._with_events(self._do_fit, 'fit', CancelFitException, self._end_cleanup)
+        if how=='wrapped': monkeypatch.setattr(Learner, 'fit', wrapper)
+        learn = digits_learner(few, path=tmp_path) if how=='wrapped' else Mine(few, digits_learner(few).model, loss_func=CrossEntropyLossFlat(), path=tmp_path)
+        fit(learn, 2, cbs=[KD(net), SaveModelCallback(monitor='kd_loss', fname='best')])
+        assert seen and 'kd_loss' in learn.recorder.metric_names and (tmp_path/'models'/'best.pth').exists()
+
 # ---------------------------------------------------------------- everything but training is as without the callback
 @pytest.fixture
 def pair(few, few_copy, teach, tmp_path):

@@ -67,17 +67,17 @@ def work(path, keys, seed, done, chunk=2):
             fill(w, miss[i:i+chunk])
             done[:4] = struct.pack('<I', struct.unpack('<I', done[:4])[0]+len(miss[i:i+chunk]))
 
-@posix
-def test_killed_at_any_moment(tmp_path):
-    rng,killed,n_store,seen = random.Random(0),0,0,set()
-    keys = keys_of(800)
-    shares = [keys[i::4] for i in range(4)]
-    (tmp_path/'ref').mkdir()
-    work(tmp_path/'ref'/'s', keys, 0, bytearray(5))
-    ref = TargetStore(tmp_path/'ref'/'s')
+def kills(d, most=200, writers=4, n=800, seed=0):
+    "Kill processes that write stores in `d`, `most` times; the sizes that stores had then"
+    rng,killed,n_store,seen = random.Random(seed),0,0,set()
+    keys = keys_of(n)
+    shares = [keys[i::writers] for i in range(writers)]
+    (d/'ref').mkdir()
+    work(d/'ref'/'s', keys, 0, bytearray(5))
+    ref = TargetStore(d/'ref'/'s')
     whole = ref.fields(ref.rows(keys), list(ref._files))
-    path = tmp_path/'0'
-    while killed<200:
+    path = d/'0'
+    while killed<most:
         before = len(TargetStore(path)) if (path/'manifest.json').exists() else 0
         done = [mmap.mmap(-1, 5) for _ in shares]
         pids = [child(work, path, h, rng.getrandbits(32), d) for h,d in zip(shares, done)]
@@ -101,12 +101,16 @@ def test_killed_at_any_moment(tmp_path):
         assert before+told<=len(s)<=before+told+2*len(pids)
         assert s.verify(bar=quiet)==len(s)
         seen.add(len(s))
-        if len(s)==len(keys): path = tmp_path/(n_store:=n_store+1).__str__()
+        if len(s)==len(keys): path = d/(n_store:=n_store+1).__str__()
     work(path, keys, 1, bytearray(5))
     s = TargetStore(path)
-    assert len(s)==len(keys) and s.verify(bar=quiet)==800 and len(seen)>20
+    assert len(s)==len(keys) and s.verify(bar=quiet)==n
     got = s.fields(s.rows(keys), list(s._files))
     assert all(got[k].tobytes()==whole[k].tobytes() for k in got)
+    return seen
+
+@posix
+def test_killed_at_any_moment(tmp_path): assert len(kills(tmp_path))>20
 
 @posix
 def test_lock_ends_with_its_process(tmp_path):

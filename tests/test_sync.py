@@ -37,3 +37,12 @@ def test_readme_links_exist():
     md = re.sub(r'```.*?```', '', (root/'README.md').read_text(encoding='utf-8'), flags=re.S)
     o = [l for l in re.findall(r'\]\(<?([^)#>\s]+)', md) if not l.startswith(('https://','http://')) and not (root/l).exists()]
     assert not o, f'README.md links to what is not there: {o}; mend nbs/index.ipynb, then run `python nbs/_site.py readme`'
+
+def test_readme_tables_are_markdown():
+    "HTML tables take four times the lines, and PyPI shows them without their styles"
+    import re
+    md = (root/'README.md').read_text(encoding='utf-8')
+    tables = re.findall(r'(?:^\|.*\|\n)+', md, re.M)
+    assert not re.search(r'<(table|td|div|p)\b', md) and len(tables)>5
+    # as many cells in each row as in its header
+    for t in tables: assert len({len(re.findall(r'(?<!\\)\|', r)) for r in t.splitlines()})==1, t

@@ -1,4 +1,4 @@
-"""Tell an item from all others, as the teacher does: CRD with its memory bank, and SSKD with its four rotations
+"""Tell an item from all others, as the teacher does: CRD with its memory bank
 
 Docs: https://fastkd.github.io/fastkd/losses.contrastive.html.md"""
 
@@ -7,30 +7,13 @@ Docs: https://fastkd.github.io/fastkd/losses.contrastive.html.md"""
 # %% auto #0
 __all__ = ['crd_loss', 'CRDLoss', 'rotate4', 'aux_sskd_loss', 'AuxSSKDLoss', 'sskd_loss', 'SSKDLoss']
 
-# %% ../../nbs/13_losses.contrastive.ipynb #c7369d72
-import math,torch,torch.distributed as dist,torch.nn.functional as F
+# %% ../../nbs/13_losses.contrastive.ipynb #ca0a43ab
+import math,torch,torch.distributed as dist
 from torch import nn,Tensor
 from ..core import *
-
-# %% ../../nbs/13_losses.contrastive.ipynb #19ba75ec
-def _what(x): return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-
-def _plain(x):
-    x = x if type(x) is Tensor else x.as_subclass(Tensor)
-    return x if x.dtype in (torch.float32,torch.float64) else x.float()
-
-def _unit(x):
-    size = x.norm(dim=1, keepdim=True)
-    return x*(1/size.where(size>1e-12, 1))
-
-def _ints(name, what, o, n):
-    if not isinstance(o, Tensor): raise ValueError(f"`{name}` needs `{what}`, integers {(n,)}, got {_what(o)}")
-    o = o.as_subclass(Tensor)
-    if o.is_floating_point() or o.shape!=(n,): raise ValueError(f"`{name}` needs `{what}`, integers {(n,)}, got {o.dtype} {_what(o)}")
-    return o.long()
-
-def _mode(name, mode):
-    if mode not in ('paper','torchdistill'): raise ValueError(f"`{name}`: `mode` must be 'paper' or 'torchdistill', got {mode!r}")
+from ..core import _plain,_shape
+from .base import _one_of,_pair,_unit
+from .sskd import *
 
 # %% ../../nbs/13_losses.contrastive.ipynb #502328da
 def _scores(v, bank, idx):
@@ -47,12 +30,16 @@ def _nce(a, log_Z, n_items, eps):
     either = torch.logaddexp(a, torch.full_like(a, noise))
     return (either[:,0]-a[:,0])+(either[:,1:]-math.log(m)).sum(1)
 
-def _check_pair(name, s, t, d):
-    got = f'student {_what(s)} and teacher {_what(t)}'
-    if not (isinstance(s, Tensor) and isinstance(t, Tensor)): raise TypeError(f"`{name}` compares two tensors, got {got}")
-    if s.ndim!=2 or s.shape!=t.shape or not len(s):
-        raise ValueError(f"`{name}` needs embeddings `(n,d)` of one width, got {got}; put a linear layer to `d` on both sides (an adapter)")
-    if s.shape[1]!=d: raise ValueError(f"`{name}`: the bank has rows of width d={d}, got {got}; build it with `d={s.shape[1]}`")
+def _embeddings(name, fs, ft, d, teach_grad):
+    s,t = _pair(name, fs, ft, dims='(n,d)', teach_grad=teach_grad)
+    if s.shape[1]!=d: raise ValueError(f"`{name}`: the bank has rows of width d={d}, got embeddings {_shape(s)}; build it with `d={s.shape[1]}`")
+    return s,t
+
+def _ints(name, what, o, n):
+    if not isinstance(o, Tensor): raise ValueError(f"`{name}` needs `{what}`, integers {(n,)}, got {_shape(o)}")
+    o = o.as_subclass(Tensor)
+    if o.is_floating_point() or o.shape!=(n,): raise ValueError(f"`{name}` needs `{what}`, integers {(n,)}, got {o.dtype} {_shape(o)}")
+    return o.long()
 
 def crd_loss(
     fs:Tensor, # Student embeddings, `(n,d)`; scaled to length 1 here
@@ -68,14 +55,14 @@ def crd_loss(
     teach_grad:bool=False # Let the gradient through to `ft`, for an embedding of the teacher that is trained too?
 )->Tensor: # Scalar, or `(n,)` for 'none'
     "Tell the pair of one item from pairs of different ones, in both directions (Tian et al. 2020, arXiv:1910.10699)"
-    _check_pair('crd_loss', fs, ft, bank_s.shape[1])
+    fs,ft = _embeddings('crd_loss', fs, ft, bank_s.shape[1], teach_grad)
     check_T(T)
-    _mode('crd_loss', mode)
+    _one_of('crd_loss', 'mode', mode, ('paper','torchdistill'))
     idx,n_items = torch.cat([index[:,None],neg], 1),len(bank_s)
     loss = 0
     with no_autocast(fs):
-        for i,(v,bank) in enumerate(((fs,bank_t), (ft if teach_grad else ft.detach(),bank_s))):
-            a = _scores(_unit(_plain(v)), bank, idx)/T
+        for i,(v,bank) in enumerate(((fs,bank_t),(ft,bank_s))):
+            a = _scores(_unit(v), bank, idx)/T
             loss = loss+_nce(a, _log_Z(a, n_items) if log_Z is None else log_Z[i], n_items, 1e-7 if mode=='torchdistill' else 0.)
     return reduce_loss(loss, reduction)
 
@@ -207,12 +194,18 @@ class CRDLoss(KDModule):
     @torch.no_grad()
     def _first_Z(self, fs, ft, index, neg):
         idx = torch.cat([index[:,None],neg], 1)
-        with no_autocast(fs): zs = [_log_Z(_scores(_unit(_plain(v)), b, idx)/self.T, self.n_items) for v,b in ((fs,self.bank_t),(ft,self.bank_s))]
+        with no_autocast(fs): zs = [_log_Z(_scores(_unit(v), b, idx)/self.T, self.n_items) for v,b in ((fs,self.bank_t),(ft,self.bank_s))]
         zs = self.gather(torch.stack(zs)[None])
         return zs.logsumexp(0)-math.log(len(zs))
 
-    def forward(self, fs, ft, targ=None, index=None, neg=None):
-        _check_pair('CRDLoss', fs, ft, self.d)
+    def forward(self,
+        fs:Tensor, ft:Tensor, # Student and teacher embeddings, `(n,d)`
+        targ:Tensor|None=None, # Their classes, `(n,)`; needed with `by_class`, unless `neg` is given
+        index:Tensor|None=None, # Positions of the items in the training set, `(n,)`; required
+        neg:Tensor|None=None # Rows of the negatives, `(n,k)`; None: drawn
+    )->Tensor: # Scalar, or `(n,)` for 'none'
+        "The loss of a batch; in training mode the banks then take its embeddings in"
+        fs,ft = _embeddings('CRDLoss', fs, ft, self.d, self.teach_grad)
         if self.log_Z.device!=fs.device: self.to(fs.device)
         index = self._check_index(index, len(fs))
         if self.by_class and neg is None:
@@ -225,92 +218,6 @@ class CRDLoss(KDModule):
         if self.training: self.update(index, fs, ft)
         return loss
 
-# %% ../../nbs/13_losses.contrastive.ipynb #28aa076d
-def rotate4(
-    x:Tensor # Square images, `(n,c,h,h)`
-)->Tensor: # `(4n,c,h,h)`: of each image the four rotations, upright first
-    "The batch of SSKD: each image turned by 0, 90, 180 and 270 degrees"
-    if not isinstance(x, Tensor) or x.ndim!=4 or x.shape[2]!=x.shape[3]:
-        raise ValueError(f"`rotate4` needs square images `(n,c,h,h)`, got {_what(x)}; crop or resize them to a square")
-    return torch.stack([x.rot90(k, (2,3)) for k in range(4)], 1).flatten(0, 1)
-
-# %% ../../nbs/13_losses.contrastive.ipynb #f78268d7
-def _turned(x): return x.unflatten(0, (-1,4))[:,1:].flatten(0, 1)
-
-def _cosines(z):
-    z = _unit(z)
-    return _turned(z)@z[::4].T
-
-def _check_four(name, o, what):
-    if not isinstance(o, Tensor) or o.ndim!=2 or not o.numel(): raise ValueError(f"`{name}` needs {what}, got {_what(o)}")
-    if len(o)%4 or len(o)<8: raise ValueError(f"`{name}` needs the four rotations (`rotate4`) of at least 2 images, got {what} {_what(o)}")
-    return _plain(o)
-
-def _own_upright(n, device): return torch.arange(n, device=device).repeat_interleave(3)
-
-def aux_sskd_loss(
-    fs:Tensor, # Output of the head that is trained, for the batch of `rotate4`, `(4n,d)`
-    ft:Tensor|None=None, # Not read: the images alone are the task
-    reduction:str='mean' # 'mean', 'sum' over images, or 'none' for `(n,)`
-)->Tensor: # Scalar, or `(n,)` for 'none'
-    "Cross-entropy of finding the upright image of a turned one: first stage of SSKD (Xu et al. 2020, arXiv:2006.07114)"
-    z = _check_four('aux_sskd_loss', fs, 'embeddings `(4n,d)`')
-    with no_autocast(z): cos = _cosines(z)
-    return reduce_loss(F.cross_entropy(cos, _own_upright(len(z)//4, z.device), reduction='none').view(-1,3), reduction)
-
-@register_loss('aux_sskd')
-class AuxSSKDLoss(KDModule, func=aux_sskd_loss):
-    "`aux_sskd_loss` as a module"
-    def forward(self, fs, ft=None): return super().forward(fs, ft)
-
-# %% ../../nbs/13_losses.contrastive.ipynb #5ec7c47a
-def _kept(z, y, ratio, stable=True):
-    "Rows of `z` that rank answer `y` first, and of the others the part `ratio` that ranks it highest"
-    right = z.gather(1, y[:,None])
-    earlier = torch.arange(z.shape[1], device=z.device)<y[:,None]
-    rank = ((z>right)|((z==right)&earlier)).sum(1)
-    n_keep = (rank==0).sum()+((rank>0).sum()*ratio).long()
-    place = torch.empty_like(rank)
-    place[rank.argsort(stable=stable)] = torch.arange(len(rank), device=z.device)
-    return place<n_keep
-
-def _kl(s, t, T): return T**2*(t.div(T).softmax(1)*(t.div(T).log_softmax(1)-s.div(T).log_softmax(1))).sum(1)
-
-def _kl_kept(s, t, T, y, ratio, mode):
-    keep = _kept(t, y, ratio, mode=='paper')
-    return (_kl(s, t, T)*keep).view(-1,3).sum(1)*(len(t)//3)/keep.sum().clamp(min=1)
-
-def _two(name, o, side):
-    if not isinstance(o, (tuple,list)) or len(o)!=2:
-        raise TypeError(f"`{name}` needs two tensors of the {side}, logits and the head's embeddings, got {_what(o)}")
-    z,e = _check_four(name, o[0], 'logits `(4n,c)`'),_check_four(name, o[1], 'embeddings `(4n,d)`')
-    if len(z)!=len(e): raise ValueError(f"`{name}`: logits {_what(z)} and embeddings {_what(e)} of the {side} hold different numbers of items")
-    return z,e
-
-def sskd_loss(
-    fs:tuple, # Student's logits `(4n,c)` and its head's embeddings `(4n,d)`, for the batch of `rotate4`
-    ft:tuple, # The same of the teacher; the width of the embeddings may differ
-    targ:Tensor, # Labels of the images, `(n,)`
-    w_ce:float=.1, w_kd:float=.9, w_ss:float=10., w_tf:float=2.7, # Weights λ1 to λ4
-    T:float=4., T_ss:float=.5, T_tf:float=4., # Temperatures of KD, of the cosines and of KD on turned images
-    ratio_ss:float=.75, ratio_tf:float=1., # Part of the teacher's wrong rows that is kept, 0 to 1
-    reduction:str='mean', # 'mean', 'sum' over images, or 'none' for `(n,)`
-    mode:str='paper' # 'paper': of rows that rank alike the first are kept; 'torchdistill' (the authors' code): those that an unstable sort puts first
-)->Tensor: # Scalar, or `(n,)` for 'none'
-    "Cross-entropy, KD, and KD of the self-supervised cosines and of turned images: second stage of SSKD (Xu et al. 2020, arXiv:2006.07114)"
-    (zs,es),(zt,et) = _two('sskd_loss', fs, 'student'),_two('sskd_loss', ft, 'teacher')
-    zt,et,n = zt.detach(),et.detach(),len(zs)//4
-    if zs.shape!=zt.shape or len(es)!=len(et):
-        raise ValueError(f"`sskd_loss`: student {_what(zs)}, {_what(es)} and teacher {_what(zt)}, {_what(et)} must have the same items and classes")
-    y = check_targ('sskd_loss', targ, (n,))
-    for k,v in dict(ratio_ss=ratio_ss, ratio_tf=ratio_tf).items():
-        if not 0<=v<=1: raise ValueError(f"`sskd_loss`: `{k}` must be from 0 to 1, got {v}")
-    for o in (T,T_ss,T_tf): check_T(o)
-    _mode('sskd_loss', mode)
-    with no_autocast(zs): cs,ct = _cosines(es),_cosines(et)
-    loss = w_ce*F.cross_entropy(zs[::4], y, reduction='none')+w_kd*_kl(zs[::4], zt[::4], T)
-    loss = loss+w_ss*_kl_kept(cs, ct, T_ss, _own_upright(n, ct.device), ratio_ss, mode)
-    return reduce_loss(loss+w_tf*_kl_kept(_turned(zs), _turned(zt), T_tf, y.repeat_interleave(3), ratio_tf, mode), reduction)
-
-@register_loss('sskd')
-class SSKDLoss(KDModule, func=sskd_loss): "`sskd_loss` as a module"
+# %% ../../nbs/13_losses.contrastive.ipynb #d3504a30
+# the whole family can be imported from here
+_all_ = ['rotate4','aux_sskd_loss','AuxSSKDLoss','sskd_loss','SSKDLoss']

@@ -11,6 +11,7 @@ __all__ = ['correct_targets', 'CorrectedLoss']
 import torch,torch.nn.functional as F
 from torch import nn,Tensor
 from ..core import *
+from .base import _one_of
 
 # %% ../../nbs/17_losses.correct.ipynb #ee332162
 _hows = ('swap','mix')
@@ -32,7 +33,7 @@ def correct_targets(
     ignore_index:int=-100 # Label of what stays as it is; NaN among yes or no
 )->Tensor: # Shaped as `teach`; where the teacher is right, its own logits
     "Logits of a teacher that is never wrong (probability shift: Wen et al. 2019, arXiv:1911.07471)"
-    if how not in _hows: raise ValueError(f"`how` must be one of {list(_hows)}, got {how!r}.{nearest(str(how), _hows)}")
+    _one_of('correct_targets', 'how', how, _hows)
     if not .5<=weight<=1: raise ValueError(f"`weight` must be between 0.5 and 1, so that the label comes first, got {weight}")
     if not isinstance(teach, Tensor): raise TypeError(f"`correct_targets` needs all of the teacher's logits as a tensor, got {type(teach).__name__}; of stored answers, kind='dense' has them")
     check_T(T)

@@ -1,4 +1,4 @@
-"""Compare features after a trained projection, with an uncertainty, or with labels and logits: eleven published losses, as functions and modules
+"""Compare features after a trained projection, or with an uncertainty: VID, PAD, FT, KTA, ReviewKD and MGD
 
 Docs: https://fastkd.github.io/fastkd/losses.projected.html.md"""
 
@@ -6,17 +6,14 @@ Docs: https://fastkd.github.io/fastkd/losses.projected.html.md"""
 
 # %% auto #0
 __all__ = ['vid_loss', 'VIDLoss', 'pad_loss', 'PADLoss', 'ft_loss', 'FTLoss', 'kta_loss', 'KTALoss', 'norm_loss', 'NormLoss',
-           'reviewkd_loss', 'ReviewKDLoss', 'mgd_generator', 'mgd_loss', 'MGDLoss', 'simkd_loss', 'SimKDLoss',
-           'simkd_logits', 'srd_loss', 'SRDLoss', 'class_centers', 'nd_loss', 'NDLoss', 'dist_plus_loss',
-           'DISTPlusLoss']
+           'reviewkd_loss', 'ReviewKDLoss', 'mgd_generator', 'mgd_loss', 'MGDLoss']
 
 # %% ../../nbs/11a_losses.projected.ipynb #88a930fd
 import torch,torch.nn.functional as F
 from torch import nn,Tensor
 from ..core import *
 from ..core import _plain
-from .logits import _above,_one_of
-from .features import prep_features,_is_list,_layers,_mse,_norm,_unit
+from .base import _above,_at_least,_is_list,_layers,_mse,_norm,_one_of,_unit
 
 # %% ../../nbs/11a_losses.projected.ipynb #0253216a
 def _stat_pairs(name, fs, ft, what):
@@ -61,7 +58,7 @@ def pad_loss(
     eps:float=1e-6, # Added to the variance, greater than 0
     weights=None, reduction:str='mean' # As in `vid_loss`
 )->Tensor: # Scalar, or `(n,)` for 'none'
-    "Squared difference over the predicted variance, plus its logarithm (PAD, Zhang et al. 2020, ECCV)"
+    "Squared difference over the predicted variance, plus its logarithm (PAD, Zhang et al. 2020, arXiv:2008.01458)"
     _above('pad_loss', 'eps', eps)
     s,lv = _stat_pairs('pad_loss', fs, ft, 'a pair (feature, log-variance)')
     it,shift = iter(lv),torch.tensor(eps, dtype=torch.float64).log().item()
@@ -78,8 +75,7 @@ def _sum_norm(x, p): return x.abs().sum(-1) if p==1 else _norm(x,-1,p)
 
 def _factors(name, fs, ft, p, q, mode, weights, reduction):
     _one_of(name, 'mode', mode, ('paper','torchdistill'))
-    for k,v in (('p',p),('q',q)):
-        if not v>=1: raise ValueError(f"`{name}`: `{k}` must be at least 1, got {v}")
+    _at_least(name, 'p', p); _at_least(name, 'q', q)
     def f(s, t):
         d = _unit(s.flatten(1),1,q)-_unit(t.flatten(1),1,q)
         return d.abs().mean(1) if p==1 and mode=='torchdistill' else _sum_norm(d,p)
@@ -119,9 +115,9 @@ def norm_loss(
     mode:str='item', # 'item': one norm per item; 'torchdistill': one for the whole batch
     weights=None, reduction:str='mean' # As in `vid_loss`
 )->Tensor: # Scalar, or `(n,)` for 'none'; for 'torchdistill' all items share one value
-    "Norm of a feature, as a regulariser (torchdistill's `RegularizationLoss`)"
+    "Norm of a feature, which keeps an autoencoder's code small (knowledge adaptation, He et al. 2019, arXiv:1903.04688)"
     _one_of('norm_loss', 'mode', mode, ('item','torchdistill'))
-    if not p>=1: raise ValueError(f"`norm_loss`: `p` must be at least 1, got {p}")
+    _at_least('norm_loss', 'p', p)
     f = (lambda s,t: _sum_norm(s.flatten(1),p)) if mode=='item' else (lambda s,t: _sum_norm(s.flatten(),p).expand(len(s)))
     return _layers('norm_loss', f, fs, fs, reduction, weights)
 
@@ -135,7 +131,7 @@ def reviewkd_loss(
     weights=None, reduction:str='mean' # As in `vid_loss`
 )->Tensor: # Scalar, or `(n,)` for 'none'
     "Hierarchical context loss: mean squared difference at several scales (knowledge review, Chen et al. 2021, arXiv:2104.09044)"
-    for k in sizes: _above('reviewkd_loss', 'sizes', k)
+    for k in sizes: _at_least('reviewkd_loss', 'sizes', k)
     def f(s, t):
         d = s-t
         used = [k for k in sizes if k<min(d.shape[2:])]
@@ -188,122 +184,3 @@ class MGDLoss(KDModule, func=mgd_loss):
     def forward(self, inp, teach, targ=None):
         kw = {k:getattr(self,k) for k in self.hypers}
         return self.func(inp, teach, **{**kw, 'ratio':self.ratio if self.training else 0.})
-
-# %% ../../nbs/11a_losses.projected.ipynb #d48c7efd
-def simkd_loss(
-    fs, ft, # The student's projected feature and the teacher's last one, `(n,...)` of one shape
-    weights=None, reduction:str='mean' # As in `vid_loss`
-)->Tensor: # Scalar, or `(n,)` for 'none'
-    "Mean squared difference of the features that the head sees (SimKD, Chen et al. 2022, arXiv:2203.14001)"
-    return _layers('simkd_loss', lambda s,t: _mse(s,t,reduction), fs, ft, reduction, weights)
-
-@register_loss('simkd')
-class SimKDLoss(KDModule, func=simkd_loss): "`simkd_loss` as a module"
-
-def simkd_logits(
-    fs:Tensor, # The student's projected map `(n,c,h,w)` or embedding `(n,c)`
-    head:nn.Module # The teacher's linear head
-)->Tensor: # Logits `(n,classes)`
-    "What the student says through the teacher's head, after pooling a map (SimKD, Chen et al. 2022, arXiv:2203.14001)"
-    return head(fs.flatten(2).mean(2) if fs.ndim>2 else fs)
-
-# %% ../../nbs/11a_losses.projected.ipynb #88fe39cc
-def _with_logits(name, fs, ft, need=False):
-    if not (_is_list(fs) or _is_list(ft) or need): return fs,ft,None
-    for side,o in (('student',fs),('teacher',ft)):
-        if not _is_list(o) or len(o)!=2:
-            raise ValueError(f"`{name}` needs a pair with the logits from the {side}, got {f'{len(o)} features' if _is_list(o) else 'one feature'};"
-                " name both layers")
-    return fs[0],ft[0],(fs[1],ft[1])
-
-def srd_loss(
-    fs, ft, # Normalised embeddings `(n,d)` of the student and the teacher, or pairs (embedding, logits)
-    exponent:float=4., # Power of the difference, at least 1
-    T:float=1., # Temperature of the logits, greater than 0
-    mode:str='paper', # 'paper', or 'torchdistill': KL without T²
-    eps:float=1e-12, # Keeps the logarithm finite, greater than 0
-    reduction:str='mean' # As in `vid_loss`
-)->Tensor: # Scalar, or `(n,)` for 'none': the logarithm is shared
-    "Logarithm of the summed powers of the difference, and KL of logits if given (SRD, Miles and Mikolajczyk 2024, arXiv:2303.11098)"
-    _one_of('srd_loss', 'mode', mode, ('paper','torchdistill'))
-    _above('srd_loss', 'eps', eps); check_T(T)
-    if not exponent>=1: raise ValueError(f"`srd_loss`: `exponent` must be at least 1, got {exponent}")
-    fs,ft,z = _with_logits('srd_loss', fs, ft)
-    [(s,t)],_ = prep_features('srd_loss', fs, ft)
-    loss = 2*((s-t).abs().pow(exponent).sum()+eps).log().expand(len(s))
-    if z is not None:
-        zs,zt,_,_ = prep_logits('srd_loss', *z)
-        lp,lq = soft_log_probs(zt.to(zs.dtype),T),soft_log_probs(zs,T)
-        loss = loss+(T**2 if mode=='paper' else 1)*(lp.exp()*(lp-lq)).flatten(1).sum(1)
-    return reduce_loss(loss, reduction)
-
-@register_loss('srd')
-class SRDLoss(KDModule, func=srd_loss): "`srd_loss` as a module"
-
-# %% ../../nbs/11a_losses.projected.ipynb #122c8ef9
-def class_centers(
-    feats:Tensor, # The teacher's embeddings, `(n,d)`
-    targ:Tensor, # Their labels, `(n,)`
-    n_classes:int|None=None # Number of classes; None: one more than the largest label
-)->Tensor: # Mean embedding of each class, `(n_classes,d)`; 0 for a class without items
-    "The mean of the teacher's embeddings per class"
-    targ = check_targ('class_centers', targ, feats.shape[:1])
-    c = n_classes or int(targ.max())+1
-    feats = _plain(feats.detach())
-    sums = feats.new_zeros(c, feats.shape[1]).index_add_(0, targ, feats)
-    return sums/torch.bincount(targ, minlength=c).clamp(min=1)[:,None].to(feats)
-
-def nd_loss(
-    fs, ft, # Embeddings of the student and the teacher, `(n,d)`
-    targ:Tensor, # Labels, `(n,)`
-    centers:Tensor|None=None, # Mean embedding per class, `(classes,d)`, see `class_centers`; None: those of this batch
-    reduction:str='mean' # As in `vid_loss`
-)->Tensor: # Scalar, or `(n,)` for 'none'
-    "One minus the projection on the class's direction, over the greater norm (KD++, Wang et al. 2023, arXiv:2305.17007)"
-    [(s,t)],_ = prep_features('nd_loss', fs, ft, dims='(n,d)')
-    targ = check_targ('nd_loss', targ, s.shape[:1])
-    if centers is None: centers = class_centers(t, targ)
-    if centers.ndim!=2 or centers.shape[1]!=s.shape[1]:
-        raise ValueError(f"`nd_loss`: `centers` must be `(classes,{s.shape[1]})` for embeddings {tuple(s.shape)}, got {tuple(centers.shape)};"
-            " make them with `class_centers`")
-    if targ.device.type=='cpu' and not (0<=targ.min() and targ.max()<len(centers)):
-        raise ValueError(f"`nd_loss`: labels from {targ.min()} to {targ.max()}, but `centers` has {len(centers)} classes")
-    size = torch.maximum(_norm(s),_norm(t))
-    return reduce_loss(1-(s*_unit(centers.detach().to(s)[targ])).sum(1)/size.masked_fill(size<1e-12, 1.), reduction)
-
-@register_loss('nd')
-class NDLoss(KDModule, func=nd_loss):
-    "`nd_loss` as a module; `centers` is a buffer"
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.register_buffer('centers', self.__dict__.pop('centers'))
-
-# %% ../../nbs/11a_losses.projected.ipynb #2d1e99f5
-def _rho(x, y, dim, eps):
-    x,y = x-x.mean(dim, keepdim=True),y-y.mean(dim, keepdim=True)
-    def size(o): o = o.pow(2).sum(dim); return o.masked_fill(o<1e-14, 1.).sqrt() # all alike: divide by 1
-    return (x*y).sum(dim)/(size(x)*size(y)+eps)
-
-def dist_plus_loss(
-    fs, ft, # Pairs (map `(n,ch,...)`, logits `(n,c)`) of the student and the teacher, of the same shapes
-    beta:float=1., gamma:float=1., # Weights of the logits' correlations over classes and over the batch
-    iota:float=1., kappa:float=1., # Weights of the map's correlations over channels and over the batch
-    T:float=1., # Temperature of the logits, greater than 0
-    mode:str='paper', # 'paper', or 'torchdistill', whose channel term has the other sign
-    reduction:str='mean' # As in `hint_loss`
-)->Tensor: # Scalar, or `(n,)` for 'none': correlations over the batch are shared
-    "DIST on logits and on a map (Huang et al. 2025, doi:10.1109/TPAMI.2025.3554235)"
-    _one_of('dist_plus_loss', 'mode', mode, ('paper','torchdistill'))
-    check_T(T)
-    ms,mt,(zs,zt) = _with_logits('dist_plus_loss', fs, ft, need=True)
-    [(zs,zt)],_ = prep_features('dist_plus_loss', zs, zt, dims='(n,d)')
-    [(ms,mt)],_ = prep_features('dist_plus_loss', ms, mt, dims='(n,c,...)')
-    eps = 1e-8 if mode=='paper' else 0. # torchdistill's has its eps only in the channel term
-    ps,pt = soft_log_probs(zs,T).exp(),soft_log_probs(zt,T).exp()
-    dist = T**2*(beta*(1-_rho(ps,pt,1,eps))+gamma*(1-_rho(ps,pt,0,eps).mean()))
-    chan = _rho(ms,mt,1,1e-8).flatten(1).mean(1)
-    space = 1-_rho(ms.sum(1).flatten(1), mt.sum(1).flatten(1), 0, eps).mean()
-    return reduce_loss(dist+iota*(1-chan if mode=='paper' else chan)+kappa*space, reduction)
-
-@register_loss('dist_plus')
-class DISTPlusLoss(KDModule, func=dist_plus_loss): "`dist_plus_loss` as a module"

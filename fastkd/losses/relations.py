@@ -12,41 +12,11 @@ __all__ = ['rkd_loss', 'RKDLoss', 'sp_loss', 'SPLoss', 'pkt_loss', 'PKTLoss', 'c
 import math,torch,torch.nn.functional as F
 from torch import Tensor
 from ..core import *
+from .base import _layers,_one_of,_over,_unit
 
-# %% ../../nbs/12_losses.relations.ipynb #19ba75ec
-def _what(x): return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-
-def _wide(x):
-    x = (x if type(x) is Tensor else x.as_subclass(Tensor)).flatten(1)
-    return x if x.dtype in (torch.float32,torch.float64) else x.float()
-
-def _check(name, s, t, min_n):
-    got = f'student {_what(s)} and teacher {_what(t)}'
-    if not (isinstance(s, Tensor) and isinstance(t, Tensor)): raise TypeError(f"`{name}` compares two tensors, or two lists of them, got {got}")
-    if min(s.ndim, t.ndim)<2 or not (s.numel() and t.numel()): raise ValueError(f"`{name}` needs features `(n,d)` or `(n,c,h,w)` on both sides, got {got}")
-    if len(s)!=len(t): raise ValueError(f"`{name}` needs the same items on both sides, got {got}")
-    if len(s)<min_n:
-        raise ValueError(f"`{name}` compares the items of a batch with each other and needs at least {min_n}, got {got}; train with `drop_last=True`")
-
+# %% ../../nbs/12_losses.relations.ipynb #f15820ac
 def _relate(name, fs, ft, reduction, func, min_n=2, teach_grad=False):
-    lists = [isinstance(o, (list,tuple)) for o in (fs,ft)]
-    if not any(lists): fs,ft = [fs],[ft]
-    elif not all(lists) or len(fs)!=len(ft) or not fs:
-        n = [f'{len(o)} layers' if l else _what(o) for o,l in zip((fs,ft),lists)]
-        raise ValueError(f"`{name}` takes two tensors, or two lists of equal length, got student {n[0]} and teacher {n[1]}")
-    vs = []
-    for s,t in zip(fs,ft):
-        _check(name, s, t, min_n)
-        with no_autocast(s): vs.append(func(_wide(s), _wide(t if teach_grad else t.detach())))
-    return reduce_loss(sum(vs[1:], vs[0]), reduction)
-
-def _pick(name, what, o, choices):
-    if o not in choices: raise ValueError(f"`{name}`: `{what}` must be one of {list(choices)}, got {o!r}.{nearest(str(o), choices)}")
-    return o
-
-def _over(x, size, low=1e-12): return x*(1/size.where(size>low, 1)) # nothing to scale: leave it, so that the gradient stays small
-
-def _unit(x): return _over(x, x.norm(dim=1, keepdim=True))
+    return _layers(name, lambda s,t: func(s.flatten(1), t.flatten(1)), fs, ft, reduction, fit='items', min_n=min_n, teach_grad=teach_grad)
 
 # %% ../../nbs/12_losses.relations.ipynb #490eed61
 def _gram64(x):
@@ -94,10 +64,8 @@ def rkd_loss(
 @register_loss('rkd')
 class RKDLoss(KDModule, func=rkd_loss): "`rkd_loss` as a module"
 
-# %% ../../nbs/12_losses.relations.ipynb #b715f0b1
-def _similar(x, p):
-    g = x@x.T
-    return _over(g, g.norm(p, 1, keepdim=True))
+# %% ../../nbs/12_losses.relations.ipynb #539e079e
+def _similar(x, p): return _unit(x@x.T, -1, p)
 
 def sp_loss(
     fs:Tensor, ft:Tensor, # Student and teacher features, as in `rkd_loss`
@@ -105,7 +73,8 @@ def sp_loss(
     mode:str='paper' # 'paper': rows of length 1; 'torchdistill': rows whose absolute values add up to 1
 )->Tensor: # Scalar, or `(n,)` for 'none'
     "Squared difference of the row-normalised matrices of inner products (Tung and Mori 2019, arXiv:1907.09682)"
-    p = dict(paper=2, torchdistill=1)[_pick('sp_loss', 'mode', mode, ('paper','torchdistill'))]
+    _one_of('sp_loss', 'mode', mode, ('paper','torchdistill'))
+    p = 2. if mode=='paper' else 1.
     return _relate('sp_loss', fs, ft, reduction, lambda s,t: (_similar(s,p)-_similar(t,p)).pow(2).sum(1)/len(s))
 
 @register_loss('sp')
@@ -131,7 +100,7 @@ def pkt_loss(
     mode:str='paper' # 'paper'; 'torchdistill' (the authors' code): an item is its own neighbour too, mean over n²
 )->Tensor: # Scalar, or `(n,)` for 'none'
     "KL divergence between the probabilities of being neighbours (Passalis and Tefas 2018, arXiv:1803.10837)"
-    _pick('pkt_loss', 'mode', mode, ('paper','torchdistill'))
+    _one_of('pkt_loss', 'mode', mode, ('paper','torchdistill'))
     return _relate('pkt_loss', fs, ft, reduction, lambda s,t: _pkt(s, t, eps, mode))
 
 @register_loss('pkt')
@@ -159,7 +128,7 @@ def cc_loss(
     teach_grad:bool=False # Let the gradient through to `ft`, for an embedding of the teacher that is trained too?
 )->Tensor: # Scalar, or `(n,)` for 'none'
     "Squared difference of kernel matrices (correlation congruence, Peng et al. 2019, arXiv:1904.01802)"
-    _pick('cc_loss', 'kernel', kernel, _cc_kernels); _pick('cc_loss', 'mode', mode, ('paper','torchdistill'))
+    _one_of('cc_loss', 'kernel', kernel, _cc_kernels); _one_of('cc_loss', 'mode', mode, ('paper','torchdistill'))
     if not gamma>0 or not P>=1: raise ValueError(f"`cc_loss`: `gamma` must be greater than 0 and `P` at least 1, got {gamma} and {P}")
     return _relate('cc_loss', fs, ft, reduction, lambda s,t: _cc(s, t, kernel, gamma, P, mode), teach_grad=teach_grad)
 
@@ -223,7 +192,7 @@ def skd_direction_loss(
     mode:str='paper' # 'paper'; 'code': cosines divided by c, loss by the part of classes at most as frequent as the median (the authors' program)
 )->Tensor: # Scalar, or `(n,)` for 'none'
     "Mahalanobis distance of the rows of the cosine matrices: direction term of streamlined KD (Jeong et al. 2026, CVPR)"
-    _pick('skd_direction_loss', 'mode', mode, ('paper','code'))
+    _one_of('skd_direction_loss', 'mode', mode, ('paper','code'))
     if not tikhonov>0: raise ValueError(f"`skd_direction_loss`: `tikhonov` must be greater than 0, got {tikhonov}")
     return _relate('skd_direction_loss', fs, ft, reduction, lambda s,t: _skd_direction(s, t, tikhonov, mode))
 

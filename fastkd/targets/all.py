@@ -1,6 +1,7 @@
 from .kinds import *
 from .files import item_key
 from .items import *
+from .manifest import *
 from .store import *
 from .write import *
 from .draws import *

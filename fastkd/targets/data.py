@@ -153,7 +153,9 @@ class TrackedDL(ShowsAnswers):
         "Numbers of the rows of the items in the batch, -1 where there is none"
         t = self._t
         return t.rows[t.last.view if len(t.rows)>1 else 0][t.last.idxs]
-    def answers(self, rows=None):
+    def answers(self,
+        rows=None # Row numbers of the store, `(n,)`; None: those of the batch
+    ): # As from `TargetStore.get`
         "The teacher's answers for the items in the batch, in the order of the student's classes"
         t = self._t
         return reorder(t.store.get(self.rows_now() if rows is None else rows, self.device), t.idx, t.store.spec)

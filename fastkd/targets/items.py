@@ -48,6 +48,15 @@ def _table_names(df, key):
     if not names.is_unique: raise ValueError(f"the {'index' if key is None else f'column {key!r}'} of the table has duplicates, such as {names[names.duplicated()].tolist()[0]!r}: `reset_index`, or pass `key=`, a column or function that tells the rows apart")
     return names.tolist()
 
+def _valid_keys(a, b):
+    "What the validation items of two Learners are called; (None,None) where it cannot be told"
+    def named(root): return [item_keys(o.dls.valid, o.dls.path if root else None) for o in (a,b)]
+    # texts of a language model, or items without a name
+    try: ks = named(True)
+    except (TypeError,ValueError): return None,None
+    # the files may be the same, though the folders that they are looked for in are not
+    return min(ks, named(False), key=lambda o: len(np.setxor1d(*o))) if len(np.setxor1d(*ks)) else ks
+
 def item_name(
     dl, # `DataLoader`
     i:int # Position

@@ -82,12 +82,17 @@ def store_manifest(
     teacher, # `Teacher` or `Ensemble`, bound to the data
     dls, # `DataLoaders`
     shape, # From `answer_shape`
-    task:str='softmax', axis:int=1, # What a batch of answers is
+    task:str='softmax', # What the answers are: 'softmax', 'binary' or 'regress'
+    axis:int=1, # Class axis of a batch of answers
     views:int|None=None, # Augmented passes; None: the items as they are
     seed:int=0, # Of augmentations and sampled tails
     stale:bool=False, # For items without their random transforms?
     tta:int=0, # Augmented versions that were averaged
-    kind:str='dense', T:float|None=None, k:int=16, tail:str='sample', dtype:str='float16' # As in `fields_of`
+    kind:str='dense', # As in `fields_of`
+    T:float|None=None, # As in `fields_of`
+    k:int=16, # As in `fields_of`
+    tail:str='sample', # As in `fields_of`
+    dtype:str='float16' # As in `fields_of`
 )->dict: # Manifest
     "Describe the store of a teacher's answers to these data"
     ax = item_axis(axis, shape) if isinstance(shape, list) and task=='softmax' and kind!='features' else 0
@@ -240,10 +245,11 @@ def precompute_targets(
     stale_ok:bool=False, # Store answers for the items without their random transforms, although training has them?
     bar=progress_bar # Shows progress and items per second
 ): # `TargetStore`
-    "Store a teacher's answers to all items; what is stored already is not computed again"
+    "Store a teacher's answers to all items; what is stored already is not computed again (augmented `views`; FKD, Shen and Xing 2022, arXiv:2112.01528)"
     store,moves = None,lambda: store and sum(np.count_nonzero(p.crc) for p in store.refresh().parts)
     with ranks_agree('precompute_targets', moves=moves) as others_ok:
         dls,source,teacher = _loaders(teacher, dls),teacher,as_teacher(teacher)
+        if bs is not None and (isinstance(bs, bool) or not isinstance(bs, int) or bs<1): raise ValueError(f"`bs` must be a number of items, at least 1, or None, got {bs!r}")
         rnd = _check_random(dls.train, views, tta, stale_ok)
         task,axis = _task(task, axis, dls, source)
         with _lined_up(teacher, dls, task, axis, amp):

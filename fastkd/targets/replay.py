@@ -105,9 +105,21 @@ class BatchStreams:
         for s,m in _mixers: z = (z^(z>>s))*m
         return z^(z>>np.uint64(31))
 
-    def unit(self, k, digits=53): return (self.bits(k)>>np.uint64(64-digits))*2.**-digits
-    def owns(self, shape): return len(shape)>0 and shape[0]==len(self.seeds)
-    def note(self, name):
+    def unit(self,
+        k:int, # Values per item
+        digits:int=53 # Binary digits of each, 1-64
+    )->np.ndarray: # `(n,k)` of float64, at least 0 and less than 1
+        "The next `k` values of each stream as numbers of the unit interval"
+        return (self.bits(k)>>np.uint64(64-digits))*2.**-digits
+    def owns(self,
+        shape # Of a tensor that is drawn
+    )->bool:
+        "Is there a row for each item?"
+        return len(shape)>0 and shape[0]==len(self.seeds)
+    def note(self,
+        name:str # Of a function that draws
+    ):
+        "Remember a draw that is one for the whole batch"
         if name not in self.batch_draws: self.batch_draws.append(name)
 
 # %% ../../nbs/53_targets.replay.ipynb #b50e2321

@@ -65,7 +65,11 @@ class Says:
         top, # From `top_classes`
         names=None # Of the classes; None: their numbers
     ): self.s = ', '.join(f'{names[i] if names else i} {p:.2f}'.replace(' 0.', ' .') for i,p in top)
-    def show(self, ctx=None, **kwargs):
+    def show(self,
+        ctx=None, # Axes of a picture, or row of a table; None: nothing is shown
+        **kwargs
+    ): # `ctx`
+        "Add it to a picture or a row"
         if not self.s or ctx is None: return ctx
         if isinstance(ctx, pd.Series): return pd.concat([ctx, pd.Series({'teacher':self.s})])
         ctx.text(.5, -.05, f'teacher: {self.s}', transform=ctx.transAxes, ha='center', va='top', fontsize='small')

@@ -20,11 +20,13 @@ from .data import _Positions
 from .items import *
 from .precompute import *
 from .store import *
+from .store import _at
 from .write import *
 
 # %% ../../nbs/54_targets.source.ipynb #ba32da65
 def mix_answers(
-    a, b, # Answers `(n,c,...)`, of the items and of their partners
+    a, # Answers `(n,c,...)` to the items
+    b, # Answers to their partners, shaped as `a`
     lam:Tensor, # Weight of `a`, 0-1: `(n,)` or one number
     task:str='softmax', # What the answers are
     axis:int=1, # Class axis
@@ -55,7 +57,9 @@ class StoredTeacher:
 
     def bind(self,
         learn:Learner, # The student
-        kind:str='softmax', axis:int=1, whole:bool=False # As for a `Teacher`
+        kind:str='softmax', # As for a `Teacher`
+        axis:int=1, # As for a `Teacher`
+        whole:bool=False # As for a `Teacher`
     ):
         "See that the store fits the student's data, and find the rows of its items"
         self.release()
@@ -147,11 +151,11 @@ class StoredTeacher:
         self._exp,self._obs,self._n = 0.,0.,0
     def __repr__(self): return f'StoredTeacher({ifnone(self.store, "the batch")})'
 
-def carries(dl): return isinstance(dl, TrackedDL) and dl._t.add
-
-def _at(o, i):
-    if isinstance(o, dict): return {k:_at(v, i) for k,v in o.items()}
-    return tuple(_at(v, i) for v in o) if isinstance(o, tuple) else o[i]
+def carries(
+    dl # `DataLoader`
+)->bool:
+    "Do its batches bring the teacher's answers?"
+    return isinstance(dl, TrackedDL) and dl._t.add
 
 # %% ../../nbs/54_targets.source.ipynb #9477bc39
 class CachingTeacher(StoredTeacher):
@@ -202,7 +206,9 @@ class CachingTeacher(StoredTeacher):
     def reset(self): self.teacher.reset()
     def _tag(self, view): return 'clean' if (self._table[view]<0).any() else True
     def peek(self, _): return None if (self._table[0]<0).any() else super().peek(_)
-    def live(self, *xb): return self.teacher(*xb)
+    def live(self, *xb):
+        "What the teacher says to a batch that is not stored"
+        return self.teacher(*xb)
 
     def _rows(self, xb):
         view,u = self._dl._t.view,self._inv[self._dl.items_now]

@@ -103,7 +103,9 @@ class TargetWriter:
     def put_fields(self,
         keys:np.ndarray, # uint64 `(n,)`
         fields:dict, # From `encode`, or from the `fields` of a store
-        view=0, acc=0, xsum=0 # As in `put`
+        view=0, # As in `put`
+        acc=0, # As in `put`
+        xsum=0 # As in `put`
     ):
         "Write rows that are encoded"
         (keys,view,rows),s = self._places(keys, view),self.store
