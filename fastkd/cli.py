@@ -44,13 +44,13 @@ def precompute(
     folder:str, # Folder of images, searched with its subfolders; a student's `DataLoaders` must have it as their `path`
     store:str, # Folder of the answers; if there are some, only those that are missing are computed
     kind:str='dense', # 'dense', 'dense8' or 'sparse' (needs --temp)
-    views:int|None=None, # Augmented versions of each item; without it there must be no random transforms in training
-    temp:float|None=None, # Temperature of 'sparse' answers
+    views:int=None, # Augmented versions of each item; without it there must be no random transforms in training
+    temp:float=None, # Temperature of 'sparse' answers
     k:int=16, # Classes kept of a 'sparse' answer
     dtype:str='float16', # Numbers that are stored: 'float16' or 'float32'
-    bs:int|None=None, # Items per batch; that of the Learner if left out
-    workers:int|None=None, # Processes that read items; those of the Learner if left out
-    files:str|None=None, # Pattern of names, such as '*.wav', for other items than images
+    bs:int=None, # Items per batch; that of the Learner if left out
+    workers:int=None, # Processes that read items; those of the Learner if left out
+    files:str=None, # Pattern of names, such as '*.wav', for other items than images
     labels:bool=False # Find the items' labels as the Learner did, to record how right the teacher is
 ):
     "Store a teacher's answers to all files in a folder; stopped and started again, it goes on"

@@ -37,6 +37,8 @@ def count_flops(
     xb # Inputs, a tuple
 )->float: # NaN where they cannot be counted
     "Floating point operations of one call without gradients, by torch's counter"
+    # old torch's counter cannot return fastai's kinds of tensors
+    xb = [o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in xb]
     try:
         with torch.no_grad(), _counted() as f: model(*xb)
     # a compiled model, or a kernel of one's own
