@@ -19,7 +19,7 @@ parts = dict(step=('step.py', '--steps 120', '--steps 30 --warmup 3'), at=('loss
     losses_peer=('losses.py', '--peer --rounds 9', '--peer --rounds 5 --names at,rkd'), scale=('scale.py', '', '--most 10000 --rounds 5'),
     processes=('processes.py', '', '--rounds 1 --epochs 1 --items 64'), imports=('imports.py', '--rounds 9', '--rounds 2'), grad_share=('grad_share.py', '', '--steps 16 --warmup 16'))
 # these train for hours, and leave out what is there: only by name
-long = dict(accuracy='accuracy.py', methods='methods.py', defaults='defaults.py', targets='targets.py', small_data='small_data.py', find='find.py')
+long = dict(accuracy='accuracy.py', methods='methods.py', defaults='defaults.py', targets='targets.py', small_data='small_data.py', find='find.py', faults='faults.py')
 needs_peers = ('peers','losses_peer')
 threads = {k:'1' for k in ('OMP_NUM_THREADS','MKL_NUM_THREADS','OPENBLAS_NUM_THREADS','NUMEXPR_NUM_THREADS')}
 

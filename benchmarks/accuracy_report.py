@@ -54,17 +54,26 @@ def markdown(ts):
     def lines(t): return [line(t.columns), line('---' for _ in t.columns), *map(line, t.fillna('').itertuples(index=False))]
     return '\n\n'.join('\n'.join([f'### {k}', '', *lines(t.reset_index())]) for k,t in ts.items())+'\n'
 
-def draw(out=csv):
+def picture(out=csv, ncols=3):
     "Gains on the student alone with their 95% intervals: the default, other methods of fastkd, peers"
     df = rows(out)
     df = df[(df.setting!='teacher')&df.accuracy.notna()&~df.setting.str.contains('=')]
     n = df.data.nunique()
-    fig,axs = plt.subplots(1, n, figsize=(3.8*n,3.6), layout='constrained', squeeze=False)
-    for ax,(data,d) in zip(axs[0], df.groupby('data', sort=False)):
+    fig,axs = plt.subplots(-(-n//ncols), ncols, figsize=(3.4*ncols,3.2*-(-n//ncols)), layout='constrained', squeeze=False)
+    for ax in axs.flat[n:]: ax.axis('off')
+    for ax,(data,d) in zip(axs.flat, df.groupby('data', sort=False)):
         g = {nm:s for nm in d.setting.unique() if (s:=gain(d, nm, 'student alone')) and s['n']>1}
+        g = {k:g[k] for k in sorted(g, key=lambda k: (k!='fastkd', not k.startswith('fastkd'), k))}
         for i,(nm,s) in enumerate(g.items()):
             ax.errorbar(s['diff'], -i, xerr=s['hi']-s['diff'], fmt='o', color='C0' if nm=='fastkd' else 'C7' if nm.startswith('fastkd') else 'C1')
         ax.axvline(0, color='k', lw=.8)
-        ax.set(yticks=[-i for i in range(len(g))], yticklabels=list(g), title=data, xlabel='above the student alone, %')
+        ax.set(yticks=[-i for i in range(len(g))], xlabel='above the student alone, points')
+        ax.set_title(data, fontsize=9)
+        ax.set_yticklabels(list(g), fontsize=8)
+    return fig
+
+def draw(out=csv):
+    "The picture beside the rows"
+    fig = picture(out)
     fig.savefig(Path(out).with_suffix('.png'), dpi=100)
     plt.close(fig)

@@ -111,6 +111,7 @@ works = {'digits, 150 labels':digits, 'digits, all labels':partial(digits, n=Non
     'odd or even, 100 labels':partial(digits, n=100, c=2), 'modules, 400 labels':partial(table, nm='modules', n=400, hidden=128, width=8, epochs=15, teacher=4),
     'CIFAR-10, 1500 labels':cifar10}
 grid = {f'T={T:g} alpha={a}':(T,a) for T in (1.,2.,4.,8.,16.) for a in (.1,.5,.9)}
+grid['T=5 alpha=0.5'] = (5.,.5) # the default
 
 def validated(learn):
     with learn.no_bar(): return learn.validate()[1]

@@ -4,10 +4,10 @@
     python benchmarks/methods.py --data cifar10 --folder cifar10    # CIFAR-10 as a folder of images, train/CLASS/*.jpg and test/CLASS/*.jpg
     python benchmarks/methods.py --cost                             # the time of a step under each method, in methods_cost.csv
 
-Weights. Response losses: `alpha=.5`, all else as in the loss. Everything else is a `Term` beside the whole task loss (`alpha=0, task_weight=1`), as
+Weights. Response losses: `alpha=.5`, all else as in the loss, but for `kd`, `rkl` and `jsd`, which have T=4 (the default of all three when these ran). Everything else is a `Term` beside the whole task loss (`alpha=0, task_weight=1`), as
 - `recipe`: the weight of the paper, or of the CIFAR-100 or ImageNet recipe of RepDistiller or torchdistill, where one is known;
 - `matched`: the weight with which the term's gradient at the student's weights is as long as the task's, mean over the batches of an epoch before the first step;
-- `kd + matched`: the same weight, beside plain KD (`alpha=.5`).
+- `kd + matched`: the same weight, beside plain KD (T=4, `alpha=.5`).
 Schemes (`fit_...`, one call each) keep their own weights, and train as many epochs in all as the others: those of a paraphraser or of a teacher's head count.
 
 The time of a step is CPU time of one thread, teacher included; the methods of a round are timed in random order, a plain fit after every four.
@@ -21,6 +21,7 @@ from defaults import digits,cifar10
 
 works = dict(digits=digits, cifar10=cifar10)
 epochs = dict(digits=60, cifar10=12)
+T = 4.
 responses = 'kd dkd nkd wsld ofa dist lskd mlkd ttm skd_instance mse_logits hard rkl jsd abkd wkd'.split()
 
 # layers of `tiny_cnn`: three blocks, their outputs before the ReLU, the pooled vector
@@ -132,7 +133,7 @@ def fit(learn, n, *cbs):
 def distil(teacher, learn, nm, weight=1., **kw):
     term = methods[nm][0](learn.model, teacher[1], learn.dls)
     term.weight = weight
-    return KnowledgeDistillation(teacher[0], terms=term, log=False, **kw)
+    return KnowledgeDistillation(teacher[0], T=T, terms=term, log=False, **kw)
 
 def matched_weight(new, teacher, nm):
     "Weight that makes the term's gradient as long as the task's"
@@ -153,7 +154,7 @@ def run(new, teacher, nm, setting, n, weight=1.):
         projector = SimKDProjector(learn.model[-1].in_features, head.in_features)
         learn.model = nn.Sequential(learn.model[:3], projector, *learn.model[3:5], nn.Linear(head.in_features, head.out_features))
     if setting=='-': return fit(learn, n)
-    if setting=='alpha=.5': return fit(learn, n, KnowledgeDistillation(teacher[0], nm, alpha=.5, log=False))
+    if setting=='alpha=.5': return fit(learn, n, KnowledgeDistillation(teacher[0], nm, T=T if nm in ('kd','rkl','jsd') else None, alpha=.5, log=False))
     if setting=='scheme':
         with learn.no_bar(), learn.no_logging(): schemes[nm](learn, teacher[0], n, cbs=NoValid())
         return learn

@@ -68,7 +68,7 @@ def step(d, n):
     return {**res, 'resnet':one_step(d, 'resnet', dls, resnet18(num_classes=10), resnet34(num_classes=10), n, 1.03)}
 
 def precompute(d, n):
-    dls = image_dls(images(d/'pre', 640, 64), 64, 32)
+    dls = image_dls(images(d/'pre', 2560, 64), 64, 32)
     dls = DataLoaders(dls.valid.new(dls.train.dataset), dls.valid, path=dls.path)
     teacher,k = resnet34(num_classes=10).eval(),itertools.count()
     @torch.no_grad()
@@ -76,7 +76,7 @@ def precompute(d, n):
         for dl in dls.loaders:
             for b in dl: teacher(b[0].as_subclass(Tensor))
     forms = dict(bare=bare, precompute=lambda: precompute_targets(teacher, dls, d/f'pre_store{next(k)}', bar=noop))
-    return race('precompute', list(forms), in_turns(forms, max(n//4, 3), 1), [0], 1.05)
+    return race('precompute', list(forms), in_turns(forms, max(n//10, 3), 1), [0], 1.05)
 
 def replay(d, n):
     "A pass over augmented photographs: decoded, cropped at random and resized, then turned, zoomed and lit in batches"

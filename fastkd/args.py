@@ -56,7 +56,7 @@ def add_distillation_args(
     add = parser.add_argument_group('knowledge distillation').add_argument
     add('--kd-teacher', type=_teacher_type(archs), metavar='TEACHER', help=f"exported Learner (a pickle: only from sources you trust), folder of a store, or architecture{' ('+', '.join(archs)+', or of torchvision or timm)' if archs else ' (of torchvision or timm)'} with --kd-resume; without it nothing is distilled")
     add('--kd-resume', type=_weights_type, metavar='PATH', help="weights of the teacher's architecture (.pth, .safetensors)")
-    add('--kd-temp', '--kd-temperature', dest='kd_temp', type=_number(float, 0, open=True), metavar='T', help="temperature (default: that of the loss, 4)")
+    add('--kd-temp', '--kd-temperature', dest='kd_temp', type=_number(float, 0, open=True), metavar='T', help="temperature (default: that of the loss, 5)")
     add('--kd-distill-wt', '--kd-dw', type=_number(float, 0, 1), metavar='WEIGHT', help="weight of the teacher's answers, 0 to 1 (default: 0.5)")
     add('--kd-student-wt', '--kd-sw', type=_number(float, 0), metavar='WEIGHT', help="weight of the labels (default: 1 - that of the teacher's answers)")
     add('--kd-teacher-wt', '--kd-tw', type=_number(float, 0), metavar='WEIGHT', help="greater than 0: the teacher is trained, too, with this weight of its own loss (default: 0)")

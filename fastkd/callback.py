@@ -34,6 +34,11 @@ def _in_fit(learn):
     while f is not None and not (f.f_code.co_name=='fit' and f.f_locals.get('self') is learn): f = f.f_back
     return f is not None
 
+def _plus(loss, more):
+    "`loss` and further values by their weights, in as few calls as can be: in a small model's step it is these that count"
+    for w,o in more: loss = torch.add(loss, o, alpha=w)
+    return loss
+
 class KnowledgeDistillation(Preflight, Response, GradShare, _Columns, Callback):
     "Train the Learner on its own loss and on a teacher's answers (Hinton et al. 2015, arXiv:1503.02531)"
     order,run_valid,_only_train_loop = GradientAccumulation.order-1,False,True
@@ -82,6 +87,9 @@ class KnowledgeDistillation(Preflight, Response, GradShare, _Columns, Callback):
             if self._learn is not None and sum(cb is self for cb in self._learn.cbs)>1: return
         self._learn = v
 
+    # fastai asks at each event, and would look for it in four places
+    @property
+    def training(self): return self._learn.training
     @property
     def teacher(self): return self._teacher
     @property
@@ -151,21 +159,20 @@ class KnowledgeDistillation(Preflight, Response, GradShare, _Columns, Callback):
         if not self._ready: self._setup()
         learn,(alpha,w),by_terms = self._learn,self._weights(),bool(self.terms) and self._on
         task,kd,terms,ws = learn.loss.as_subclass(Tensor),0.,[],[]
-        more = [(w-1)*task]*(w!=1)
+        more = [(w-1,task)]*(w!=1)
         if alpha or by_terms or self.teacher_weight:
             if callable(self.T): self._set_T(self.T(learn.pct_train))
             teach,self._answer = self._ask() if self._answer is None else self._answer,None
             pred = self._pred(learn.pred)
-            if alpha: more.append(alpha*(kd:=self._compare(pred, teach, learn.yb, self._mix)))
+            if alpha: more.append((alpha,kd:=self._compare(pred, teach, learn.yb, self._mix)))
             if by_terms: terms,ws = self.terms.now(learn, pred, teach, self._mix)
             # a term that is off has no say, whatever its value
-            more += [v*o for v,o in zip(terms, ws) if o]
+            more += [(o,v) for v,o in zip(terms, ws) if o]
             self._note_grad(task, kd, alpha, w, terms, ws)
-            if self.teacher_weight: more.append(self.teacher_weight*self._teach_itself())
+            if self.teacher_weight: more.append((self.teacher_weight,self._teach_itself()))
         if more:
             # added, not interpolated: what other callbacks put into `loss_grad` keeps its weight
-            more = sum(more[1:], more[0])
-            learn.loss_grad,learn.loss = learn.loss_grad.as_subclass(Tensor)+more,task+more
+            learn.loss_grad,learn.loss = _plus(learn.loss_grad.as_subclass(Tensor), more),_plus(task, more)
         if self.log: self._note(task, kd, alpha, terms)
 
     def after_step(self):

@@ -12,6 +12,7 @@ import html,re
 from contextlib import ExitStack
 from fastai.basics import *
 from fastai.callback.fp16 import AMPMode,MixedPrecision
+from .core import *
 from .costs import *
 from .measures import *
 from .measures import _asked,_ordered
@@ -198,7 +199,7 @@ def compare(
     bar:bool=True # Show fastai's progress bars?
 )->Comparison: # A table with a row per model
     "How good models are (the metrics of all Learners), how alike to the first, how sure of themselves (`ece`), how large and how fast (`ms_64`: milliseconds per item in batches of 64); nothing about them changes"
-    if isinstance(n_timed, bool) or not isinstance(n_timed, int) or n_timed<0: raise ValueError(f"`n_timed` must be a number of rounds, 0 for no times, got {n_timed!r}")
+    check_count('n_timed', n_timed, 'number of rounds', lo=0)
     sizes,lower = L(sizes),L(lower)
     if not all(isinstance(o, int) and o>0 for o in sizes): raise ValueError(f"`sizes` must be batch sizes, at least 1, got {sizes!r}")
     if not sizes: n_timed = 0

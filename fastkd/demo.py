@@ -75,7 +75,7 @@ def demo_picture(
     teacher:Learner, # Trained
     dls, # `DataLoaders` of the students
     runs:dict, # From `demo_runs`
-    T:float=4. # Temperature of the softened targets
+    T:float=5. # Temperature of the softened targets
 )->plt.Figure:
     "Learning curves with the teacher's line, and what the teacher says about a few digits"
     fig = plt.figure(figsize=(10,5.2), layout='constrained')

@@ -9,19 +9,15 @@ __all__ = ['plot_disagreements']
 
 # %% ../nbs/60b_disagreements.ipynb #2c1b39a6
 from copy import copy
-from numbers import Integral
 from fastai.basics import *
 from fastai.tabular.core import Tabular
-from .core import check_T
+from .core import check_T,check_count
 from .find import *
 from .find import _draw
 from .interpret import *
 
 # %% ../nbs/60b_disagreements.ipynb #c6dca5c6
 _whose = dict(inherited=(True,True), corrected=(False,True), new=(True,False)) # is the student wrong, is the teacher?
-
-def _check_k(k, nm='k'):
-    if isinstance(k, bool) or not isinstance(k, Integral) or k<1: raise ValueError(f"`{nm}` must be a number, at least 1, got {k!r}")
 
 def _kl(s, t):
     "What separates two answers, shaped as their decisions"
@@ -48,7 +44,7 @@ def top_disagreements(self:DistillationInterpretation,
 )->tuple: # Values and indexes, and with `items` what they are in the data set
     "`k` items that student and teacher say the most (or least) different things about"
     if self._ragged: self._rows(0)
-    if k is not None: _check_k(k)
+    check_count('k', k, 'number', none=True)
     rows = torch.arange(len(self.student)) if among is None else self._among(among)
     v,i = self.disagreements[rows].topk(min(ifnone(k, len(rows)), len(rows)), largest=largest)
     if not items: return v,rows[i]
@@ -142,7 +138,7 @@ def plot_items(self:DistillationInterpretation,
 @patch
 def softened(self:DistillationInterpretation,
     idx, # Index of an item; a tuple `(item,row,column)` for one with positions
-    T:float=4. # Temperature
+    T:float=5. # Temperature
 )->pd.DataFrame: # A row per class, columns `student` and `teacher`
     "Both distributions of an item at temperature `T`"
     self._need_classes('softened')
@@ -161,7 +157,7 @@ def plot_softened(self:DistillationInterpretation,
     figsize:tuple|None=None # Width, height in inches
 ):
     "Softened distributions of both, a row per item and a column per temperature"
-    _check_k(n_classes, 'n_classes')
+    check_count('n_classes', n_classes, 'number')
     idxs = idxs if isinstance(idxs, (list,L,range)) else idxs.tolist() if isinstance(idxs, (Tensor,np.ndarray)) and idxs.ndim else [idxs]
     dfs = [[self.softened(i, o) for o in L(T)] for i in idxs]
     if not dfs or not dfs[0]: raise ValueError("there is nothing to plot: `idxs` and `T` need at least one value each")
@@ -218,7 +214,7 @@ def plot_disagreement_masks(self:DistillationInterpretation,
     all_ = self.disagreement_masks(range(len(self.student)))
     share = ((all_>0)&(all_<255)).flatten(1).sum(1)/(all_<255).flatten(1).sum(1).clamp_min(1)
     listed = is_listy(k) or isinstance(k, (range,Tensor,np.ndarray))
-    if not listed: _check_k(k)
+    if not listed: check_count('k', k, 'number')
     rows = self._rows(k) if listed else share.argsort(descending=True, stable=True)[:k].tolist()
     x,y,its = self.dl._pre_show_batch(self._batch(rows), max_n=len(rows))
     has,c = self.student.targ is not None,len(self.vocab)

@@ -14,6 +14,7 @@ from fastai.callback.progress import *
 from fastai.callback.schedule import *
 from fastprogress.fastprogress import progress_bar
 from time import perf_counter
+from .core import *
 from .callback import *
 from .measures import *
 from .ranks import *
@@ -209,7 +210,7 @@ def _fit_of(fit, n_epoch, lr):
         return fit,{'fit':_say(fit)}
     if fit not in (fits:=('fit_one_cycle','fit_flat_cos','fit','fine_tune')): raise ValueError(f"`fit` must be one of {', '.join(map(repr, fits))}, or a function of a Learner and callbacks, got {fit!r}")
     n = ifnone(n_epoch, 5)
-    if isinstance(n, bool) or not isinstance(n, int) or n<1: raise ValueError(f"`n_epoch` must be a whole number of epochs, at least 1, got {n_epoch!r}")
+    check_count('n_epoch', n, 'whole number of epochs')
     return lambda learn, cbs: getattr(learn, fit)(n, *L(lr), cbs=cbs),{'fit':fit, 'training epochs':n, 'the learning rate':_say(lr)}
 
 def _metric_of(metric, learn, minimize):
@@ -241,7 +242,7 @@ def distill_experiment(
     bar=progress_bar # Shows which run is at work; False: nothing does
 )->Experiment:
     "Train the student alone and by each method, alike in all else, and say what can be said of the differences"
-    if isinstance(n_seeds, bool) or not isinstance(n_seeds, int) or n_seeds<1: raise ValueError(f"`n_seeds` must be a whole number, at least 1, got {n_seeds!r}")
+    check_count('n_seeds', n_seeds)
     if num_distrib()>1: raise ValueError("`distill_experiment` trains its students in one process")
     if len(dls.loaders)<2: raise ValueError("these DataLoaders have no validation set to compare on")
     (fit,how),source,call = _fit_of(fit, n_epoch, lr),as_source(teacher),_caller(make_student, dls)

@@ -11,6 +11,7 @@ __all__ = ['candidate_layers', 'cka_map', 'suggest_pairs']
 from types import SimpleNamespace
 from fastai.basics import *
 from fastai.callback.hook import Hooks
+from .core import *
 from .taps import *
 from .taps import _paths,_pick
 from .adapters import *
@@ -185,7 +186,7 @@ def suggest_pairs(
     ax=None # Axes to draw on
 )->pd.DataFrame: # One row per pair, from shallow to deep
     "Layers to pair, by shape and CKA; the map is drawn with the pairs marked. Neither model changes"
-    if isinstance(n, bool) or not isinstance(n, int) or n<1: raise ValueError(f"`n` must be a number of pairs, at least 1, got {n!r}")
+    check_count('n', n, 'number of pairs')
     m,(s,t),(ss,ts) = _measure(*_sides(student, teacher, dls), student_layers, teacher_layers, n_items)
     if not (s and t): raise ValueError(f"no layers to pair were found in the {'teacher' if s else 'student'}: name them by `{'teacher' if s else 'student'}_layers`")
     rows = _choose(ss, n)

@@ -11,6 +11,7 @@ __all__ = ['fit_chain', 'born_again', 'fit_snapshots']
 from fastai.basics import *
 from fastai.callback.schedule import *
 from .averages import _copied
+from .core import *
 from .callback import *
 from .inputs import *
 from .stages import *
@@ -65,7 +66,7 @@ def born_again(
     **kwargs
 )->tuple: # Learners of the generations, and a table with one row per epoch
     "Each generation is taught by the last; `Ensemble(learns)` is all of them as one teacher (Born-Again Networks, Furlanello et al. 2018, arXiv:1805.04770)"
-    if isinstance(n_generations, bool) or not isinstance(n_generations, int) or n_generations<1: raise ValueError(f"`n_generations` must be a whole number, at least 1, got {n_generations!r}")
+    check_count('n_generations', n_generations)
     # a Learner can be called, too
     if isinstance(make_student, Learner) or not callable(make_student): raise TypeError(f"`make_student` is a function that makes a new Learner of the number of its generation, `make_student(i)`, got {type(make_student).__name__}")
     learns,res = L(),[]
@@ -93,7 +94,7 @@ def fit_snapshots(
 )->tuple: # `Ensemble` of the snapshots, and a table with one row per epoch
     "Cosine cycles with a copy of the model at the end of each (Snapshot Ensembles, Huang et al. 2017, arXiv:1704.00109)"
     for nm,v in dict(n_cycles=n_cycles, cycle_len=cycle_len, cycle_mult=cycle_mult).items():
-        if isinstance(v, bool) or not isinstance(v, int) or v<1: raise ValueError(f"`{nm}` must be a whole number, at least 1, got {v!r}")
+        check_count(nm, v)
     if kwargs and not teach: raise TypeError(f"{list(kwargs)} say how a snapshot teaches: pass `teach=True`, too")
     _check_fit(learn, 'fit', cbs)
     # keywords that are wrong are found before the first cycle

@@ -7,8 +7,7 @@ Docs: https://fastkd.github.io/fastkd/inputs.html.md"""
 # %% auto #0
 __all__ = ['input_spec', 'align_inputs']
 
-# %% ../nbs/29_inputs.ipynb #baa433b3
-import warnings
+# %% ../nbs/29_inputs.ipynb #5017667b
 from fastai.basics import *
 
 # %% ../nbs/29_inputs.ipynb #6e7f2525

@@ -14,6 +14,7 @@ from fastai.callback.core import GatherPredsCallback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import _ConstantFunc
 from .answers import *
+from .core import *
 from .averages import _Answers as _Model,_borrowed
 from .losses.all import *
 from .task import *
@@ -178,7 +179,7 @@ def get_answers(
     "Logits and labels of all items, the classes as the student has them; models, Learners and random numbers stay as they are"
     learn = ifnone(learn, model)
     if not isinstance(learn, Learner): raise TypeError(f"pass a Learner, or beside the model that of the student, `get_answers(teacher, learn)`, got {type(learn).__name__}")
-    if n_items is not None and (isinstance(n_items, bool) or not isinstance(n_items, int) or n_items<1): raise ValueError(f"`n_items` must be a number of items, at least 1, or None, got {n_items!r}")
+    check_count('n_items', n_items, 'number of items', none=True)
     fam,kw = loss_family(learn.loss_func)
     if (kind:=ifnone(kind, fam)) not in ('softmax','binary','regress'): raise ValueError(f"the loss function {learn.loss_func!r} does not say what the predictions are: pass `kind='softmax'` for logits of classes, 'binary' for yes or no each, 'regress' for values" if kind is None else f"`kind` must be 'softmax', 'binary' or 'regress', got {kind!r}")
     if dl is None: dl = 1
@@ -268,7 +269,7 @@ def calibration(
     ignore_index:int=-100 # Label in `y` that means 'no label'
 )->pd.DataFrame: # One row per bin `(low, high]`: `n` answers, their mean `confidence` and `accuracy` (NaN where there are none)
     "Confidence against accuracy (reliability diagram, Guo et al. 2017, arXiv:1706.04599); with several labels per item each yes or no counts"
-    if isinstance(n_bins, bool) or not isinstance(n_bins, int) or n_bins<1: raise ValueError(f"`n_bins` must be a number of bins, at least 1, got {n_bins!r}")
+    check_count('n_bins', n_bins, 'number of bins')
     a = logits if isinstance(logits, Answers) else Answers(logits, y, kind, ignore_index=ignore_index)
     if not a.labelled.any(): raise ValueError("none of the items has a label")
     conf,ok = map(torch.cat, zip(*[_sure(a[i]) for i in a._parts()]))

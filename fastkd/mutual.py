@@ -109,7 +109,7 @@ def _teach(learn, learns, loss, T, alpha, start):
 
 def _check_mutual(learns, n_epoch, fit):
     if len(learns)<2 or (bad:=first(l for l in learns if not isinstance(l, Learner))) is not None: raise TypeError(f"mutual learning takes at least two Learners, got {bad!r}" if len(learns)>1 else f"mutual learning takes at least two Learners, got {len(learns)}")
-    if isinstance(n_epoch, bool) or not isinstance(n_epoch, int) or n_epoch<1: raise ValueError(f"`n_epoch` must be a whole number, at least 1, got {n_epoch!r}")
+    check_count('n_epoch', n_epoch)
     for l in learns:
         _check_fit(l, fit, None)
         if l.dls is not learns[0].dls: raise ValueError("the students see the same batches: make all Learners with the same DataLoaders")

@@ -13,6 +13,7 @@ from fastai.callback.schedule import *
 from fastai.callback.progress import *
 from fastprogress.fastprogress import progress_bar
 from .averages import *
+from .core import *
 from .averages import _id
 from .folds import *
 from .folds import _teach
@@ -23,10 +24,7 @@ from .stages import _fits
 from .targets.all import *
 from .targets.precompute import _task
 
-# %% ../nbs/45_small.ipynb #89b03184
-def _check_count(nm, v, least):
-    if isinstance(v, bool) or not isinstance(v, int) or v<least: raise ValueError(f"`{nm}` must be a whole number, at least {least}, got {v!r}")
-
+# %% ../nbs/45_small.ipynb #5fd0094b
 def _new(make_learner, dls):
     learn = make_learner(dls)
     if not isinstance(learn, Learner): raise TypeError(f"`make_learner` must return a Learner, got {type(learn).__name__}")
@@ -50,7 +48,7 @@ def small_data_targets(
     **kwargs
 ): # `TargetStore`, with a table of the teachers as its `folds`
     "Train teachers on few items and store their answers to these; run again after a crash, it goes on with the teachers that it lacks"
-    for nm,v in dict(n_epoch=n_epoch, n_folds=n_folds, snapshots=snapshots).items(): _check_count(nm, v, 1)
+    for nm,v in dict(n_epoch=n_epoch, n_folds=n_folds, snapshots=snapshots).items(): check_count(nm, v)
     if n_epoch%snapshots: raise ValueError(f"`n_epoch` is divided into `snapshots` cycles of one length: {n_epoch} epochs are no multiple of {snapshots}")
     if snapshots>1 and fit!='fit_one_cycle': raise ValueError(f"with `snapshots` the learning rate goes in cosine cycles (`fit_sgdr`), not as in `fit={fit!r}`: leave `fit` out")
     if not callable(make_learner) or isinstance(make_learner, (Learner,nn.Module)): raise TypeError(f"`make_learner` is a function that makes a new Learner of the DataLoaders it gets, `make_learner(dls)`, got {type(make_learner).__name__}")

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from fastai.basics import *
 from .answers import *
 from .core import *
+from .core import _plain
 from .precision import *
 from .vocab import *
 from .inputs import *
@@ -136,7 +137,7 @@ class Teacher:
         if hasattr(self.model, 'reset'): self.model.reset()
 
     def _inputs(self, xb):
-        xb = tuple(x.as_subclass(Tensor) if isinstance(x, Tensor) else x for x in xb)
+        xb = tuple(_plain(x, True) if isinstance(x, Tensor) else x for x in xb)
         if self.input_tfm is not None:
             xb = self.input_tfm(*xb)
             return xb if isinstance(xb, tuple) else (xb,)
@@ -152,7 +153,7 @@ class Teacher:
     def _logits(self, out):
         which = 0 if self.output is None and isinstance(out, tuple) and hasattr(self.model, 'reset') else self.output
         if which is noop or (which is None and self.whole): return self._align_all(out)
-        out = pick_output(out, which).as_subclass(Tensor)
+        out = _plain(pick_output(out, which), True)
         if self.idx is not None and out.shape[self.axis]!=len(self.vocab): raise ValueError(f"the teacher answers with {out.shape[self.axis]} values, its vocabulary names {len(self.vocab)}: {list(self.vocab)[:5]}; pass the names of its outputs, in their order: `Teacher(model, vocab=[...])`")
         return out if self.idx is None else out.index_select(self.axis, self.idx)
 

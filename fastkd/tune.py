@@ -172,7 +172,7 @@ def _suggest(by_T, t):
     ok = by_T.index[by_T.entropy.between(*_band)]
     # all of them too sharp or too flat: the end that is less so
     if not len(ok): ok = by_T.index[[-1 if by_T.entropy.iloc[-1]<_band[0] else 0]]
-    T = float(ok[(np.log(ok)-math.log(4)).to_series().abs().argmin()])
+    T = float(ok[(np.log(ok)-math.log(KDLoss().T)).to_series().abs().argmin()])
     if not t.labelled: return T,1.
     return T,.9 if t['right, validation']-t['right, training']>_beyond(t) else .5
 
@@ -194,14 +194,14 @@ def _notes(by_T, t, chance):
 def kd_find(
     learn:Learner, # The student, before training
     teacher=None, # As for `KnowledgeDistillation`: a Learner, `nn.Module`, path, `Teacher`, a list of these, or a `TargetStore`; None: the batches carry its answers
-    Ts=(1.,1.5,2.,3.,4.,6.,8.,12.,16.,20.), # Temperatures to look at
+    Ts=(1.,1.5,2.,3.,4.,5.,6.,8.,12.,16.,20.), # Temperatures to look at
     alphas=(.1,.3,.5,.7,.9), # Weights to look at
     n:int|None=1024, # Training items to look at, at least; None: all
     show:bool=True # Draw the curves?
 )->SuggestedKD: # `T` and `alpha`, and the tables as attributes
     "Look at a teacher's answers to training data before training: how soft they are, whether they agree with the labels, how hard they pull. Nothing is trained and nothing changes"
     if not isinstance(learn, Learner): raise TypeError(f"`kd_find` looks at the student's Learner, got {type(learn).__name__}")
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n<1): raise ValueError(f"`n` must be a number of items, at least 1, or None for all, got {n!r}")
+    check_count('n', n, 'number of items', none=True)
     Ts,alphas = _numbers('Ts', Ts, check_T),_numbers('alphas', alphas, partial(check_weight, 'alphas', hi=1))
     kind,_ = loss_family(learn.loss_func)
     if kind=='regress': raise ValueError(f"{learn.loss_func} is about values, which have no temperature. Leave `T` out, and try a few weights: `KnowledgeDistillation(teacher, alpha=.5)` is the squared distance to the teacher's values")

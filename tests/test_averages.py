@@ -17,7 +17,7 @@ def fit(learn, *cbs, n=1, lr=1e-2, **kw):
 def weights(m): return {k:v.clone() for k,v in m.state_dict().items()}
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
 def close(a, b): torch.testing.assert_close(a.float(), b.float(), rtol=1e-5, atol=1e-6)
-def kd(z, zt, T=4.): return T**2*(F.softmax(zt/T, 1)*(F.log_softmax(zt/T, 1)-F.log_softmax(z/T, 1))).sum(1).mean()
+def kd(z, zt, T=5.): return T**2*(F.softmax(zt/T, 1)*(F.log_softmax(zt/T, 1)-F.log_softmax(z/T, 1))).sum(1).mean()
 
 class Mean(Callback):
     "The average by hand, from the student as it is before the fit and after each step"

@@ -36,7 +36,7 @@ def fastkd(nm, *args):
     i,kw = first(i for i,o in enumerate([*args,'--']) if str(o).startswith('--')),{}
     for k,v in zip(args[i:], [*args[i+1:],'--']):
         if str(k).startswith('--'): kw[k[2:]] = True if str(v).startswith('--') else v
-    with redirect_stdout(io.StringIO()) as f: getattr(cli, nm)(*map(str, args[:i]), **kw)
+    with redirect_stdout(io.StringIO()) as f: getattr(cli, nm).__wrapped__(*map(str, args[:i]), **kw)
     return f.getvalue()
 
 class TestPrecompute:

@@ -124,7 +124,7 @@ class TestMethods:
         "Name, settings, callback, loss, list, function of each kind: one method, said in six ways"
         other = a_teacher(5)
         ms = {'name':'kd', 'dict':{}, 'loss':KDLoss(), 'cb':KnowledgeDistillation(teacher), 'empty':KnowledgeDistillation(), 'list':['kd', Callback()], 'f':lambda: 'kd', 'f2':lambda teacher: KnowledgeDistillation(teacher),
-            'f3':lambda learn, teacher: learn.fit_one_cycle(1, 1e-2, cbs=KnowledgeDistillation(teacher)) , 'class':KnowledgeDistillation, 'partial':partial(KnowledgeDistillation, T=4.), 'other':dict(teacher=other)}
+            'f3':lambda learn, teacher: learn.fit_one_cycle(1, 1e-2, cbs=KnowledgeDistillation(teacher)) , 'class':KnowledgeDistillation, 'partial':partial(KnowledgeDistillation, T=5.), 'other':dict(teacher=other)}
         e = do(ms, n_seeds=1)
         v = {r['method']:r['valid']['valid_loss'] for r in e.rows}
         assert not e.runs.error.any() and len({v[k] for k in ms if k!='other'})==1 and len({v['kd' if 'kd' in v else 'name'],v['other'],v['student alone']})==3
@@ -134,7 +134,7 @@ class TestMethods:
         cb = KnowledgeDistillation(teacher, KDLoss(), T=SchedLin(8,1), terms=Term('hint', '1', '1'))
         both = do({'a':cb, 'b':cb}, n_seeds=1)
         a,b = [r for r in both.rows if r['method']!='student alone']
-        assert a['valid']==b['valid'] and cb._loss.T==4. and cb.learn is None
+        assert a['valid']==b['valid'] and cb._loss.T==5. and cb.learn is None
 
     def test_names(self):
         assert do(['kd','kd',dict(alpha=.3),[KnowledgeDistillation(),MixUp()]], n_seeds=1).names==['student alone','kd','kd (2)','alpha=0.3','knowledge_distillation + mix_up']

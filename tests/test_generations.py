@@ -17,7 +17,7 @@ def student(i=0, widths=(4,8), d=dls, **kw):
 def weights(m): return {k:v.clone() for k,v in m.state_dict().items()}
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
 def close(a, b): torch.testing.assert_close(a.as_subclass(Tensor).float(), b.as_subclass(Tensor).float(), rtol=1e-4, atol=1e-6)
-def kd(z, zt, T=4.): return T**2*(F.softmax(zt/T, 1)*(F.log_softmax(zt/T, 1)-F.log_softmax(z/T, 1))).sum(1).mean()
+def kd(z, zt, T=5.): return T**2*(F.softmax(zt/T, 1)*(F.log_softmax(zt/T, 1)-F.log_softmax(z/T, 1))).sum(1).mean()
 def ce(z, y): return F.cross_entropy(z, y.as_subclass(Tensor))
 
 class Spy(Callback):

@@ -128,7 +128,7 @@ class TestValues:
         store = precompute_targets(good, few, tmp_path/'s', dtype='float32', bar=noop)
         live,stored,carried = check(digits_learner(few), good),check(digits_learner(few), store),check(digits_learner(store.attach(few)))
         for t in (stored,carried): np.testing.assert_allclose(t[['kd_grad_share','kd_grad_cos']], live[['kd_grad_share','kd_grad_cos']], rtol=1e-3)
-        check(digits_learner(few), precompute_targets(good, few, tmp_path/'r', 'sparse', T=4., k=4, bar=noop))
+        check(digits_learner(few), precompute_targets(good, few, tmp_path/'r', 'sparse', T=4., k=4, bar=noop), T=4.)
 
     def test_heads(self):
         "The task reaches one head, the teacher the other: both are counted"

@@ -1,5 +1,6 @@
 "What an import brings, and what it does not"
-import importlib,pkgutil
+import builtins,dis,importlib,pkgutil,types
+from pathlib import Path
 import pytest
 import fastkd
 from conftest import run
@@ -34,6 +35,20 @@ def test_all_has_every_public_name(mod):
     if mod in outside: return
     miss = [o for o in m.__all__ if o not in left_out and getattr(everything, o, None) is not getattr(m, o)]
     assert not miss, f'`fastkd.all` lacks {miss} of {mod}: import it in fastkd/all.py (losses: fastkd/losses/all.py)'
+
+@pytest.mark.parametrize('mod', mods)
+def test_every_name_is_there(mod):
+    "What the functions of a module read is in it: a star import that is missing would show at the first call only"
+    m = importlib.import_module(mod)
+    src = Path(m.__file__).read_text(encoding='utf-8')
+    def reads(code):
+        "Global names in `code` and in all that is defined in it"
+        names = {o.argval for o in dis.get_instructions(code) if o.opname in ('LOAD_GLOBAL','LOAD_NAME')}
+        return names.union(*[reads(o) for o in code.co_consts if isinstance(o, types.CodeType)])
+    def inside(code): return set().union(*[reads(o) for o in code.co_consts if isinstance(o, types.CodeType)])
+    known = {*vars(m),*vars(builtins),'__class__','__module__','__qualname__','__name__','__firstlineno__','__static_attributes__','__classdict__','__conditional_annotations__'}
+    miss = {o for o in inside(compile(src, m.__file__, 'exec'))-known if not any(o in vars(c) for c in vars(m).values() if isinstance(c, type) and c.__module__==mod)}
+    assert not miss, f'{mod} reads {sorted(miss)}, which it neither has nor imports'
 
 def test_no_fastai_name_is_shadowed():
     fa = vars(importlib.import_module('fastai.vision.all'))

@@ -220,12 +220,12 @@ class TestNothingChanges:
 class TestSuggestion:
     def test_rule(self):
         r = kd_find(digits_learner(one), Teacher(teacher, output=lambda z: z*6), show=False)
-        assert r.T==max([T for T in r.by_T.index if .1<=r.by_T.entropy[T]<=.97 and T<=4]) and r.alpha==.5 and tuple(r)==(r.T,r.alpha) and r._asdict()==dict(T=r.T, alpha=.5)
+        assert r.T==max([T for T in r.by_T.index if .1<=r.by_T.entropy[T]<=.97 and T<=5]) and r.alpha==.5 and tuple(r)==(r.T,r.alpha) and r._asdict()==dict(T=r.T, alpha=.5)
         KnowledgeDistillation(teacher, **r._asdict())
         flat = kd_find(digits_learner(one), Teacher(teacher, output=lambda z: z/100), show=False)
         assert flat.T==1 and any('nearly flat' in o for o in flat.notes)
         hot = kd_find(digits_learner(one), Teacher(teacher, output=lambda z: z*30), show=False)
-        assert hot.T==min((T for T in hot.by_T.index if .1<=hot.by_T.entropy[T]<=.97), key=lambda T: abs(math.log(T/4)))
+        assert hot.T==min((T for T in hot.by_T.index if .1<=hot.by_T.entropy[T]<=.97), key=lambda T: abs(math.log(T/5)))
         sharp = kd_find(digits_learner(one), Teacher(teacher, output=lambda z: z*100000), show=False)
         assert sharp.T==20 and any('look further up' in o for o in sharp.notes) and any('nearly what a label says' in o for o in sharp.notes)
 

@@ -60,7 +60,7 @@ def check(o, f):
     l.backward()
     torch.testing.assert_close(o.loss, l.detach(), rtol=1e-4, atol=1e-5)
     for a,p in zip(o.grad, o.model.parameters()): torch.testing.assert_close(a, p.grad, rtol=1e-3, atol=1e-5)
-def kl(z, t, T=4.): return T**2*(F.softmax(t/T, 1)*(F.log_softmax(t/T, 1)-F.log_softmax(z/T, 1))).sum(1)
+def kl(z, t, T=5.): return T**2*(F.softmax(t/T, 1)*(F.log_softmax(t/T, 1)-F.log_softmax(z/T, 1))).sum(1)
 def bkl(z, t, T): return bkd_loss(z, t, T, reduction='none')
 
 class TestEquation:
@@ -160,8 +160,8 @@ class TestMixUp:
         other = [int((o.x[i]-o.lam[i]*x[own[i]]-(1-o.lam[i])*x).abs().flatten(1).sum(1).argmin()) for i in range(32)]
         lam = o.lam[:,None]
         def f(z):
-            p = lam*F.softmax(ans[own]/4, 1)+(1-lam)*F.softmax(ans[other]/4, 1)
-            return .5*self.task(z, o)+.5*16*(p*(p.log()-F.log_softmax(z/4, 1))).sum(1).mean()
+            p = lam*F.softmax(ans[own]/5, 1)+(1-lam)*F.softmax(ans[other]/5, 1)
+            return .5*self.task(z, o)+.5*25*(p*(p.log()-F.log_softmax(z/5, 1))).sum(1).mean()
         check(o, f)
     def test_values(self):
         "A mix has a value if both parts have"
@@ -477,9 +477,9 @@ class TestCorrected:
             learn = digits_learner(full)
             o,_ = seen(full, src, CorrectedLoss('kd', 'mix', weight=.6), learn=learn)
             y,t = o.yb[0],asks(teacher, o.x)
-            p = F.softmax(t/4, 1)
+            p = F.softmax(t/5, 1)
             p = torch.where((t.argmax(1)!=y)[:,None], .4*p+.6*F.one_hot(y, 10), p)
-            check(o, lambda z: .5*F.cross_entropy(z, y)+.5*16*(p*(p.log()-F.log_softmax(z/4, 1))).sum(1).mean())
+            check(o, lambda z: .5*F.cross_entropy(z, y)+.5*25*(p*(p.log()-F.log_softmax(z/5, 1))).sum(1).mean())
         sparse = precompute_targets(teacher, full, tmp_path/'k', kind='sparse', T=4., k=4, bar=noop)
         with pytest.raises(TypeError, match="kind='dense'"): seen(full, sparse, CorrectedLoss(), learn=digits_learner(full))
     def test_mixup(self):

@@ -185,7 +185,7 @@ def test_chosen_by_size(monkeypatch):
         s,t = pair(*sh); below = s[:,:-1],t[:,:-1]
         assert n(lambda: kd_loss(s,t))==n(lambda: KDLoss()(s,t))==1 and n(lambda: kd_loss(*below))==0
     s,t = pair(24,10)
-    assert n(lambda: kd_loss(s, SparseTargets.from_logits(t, 4., k=4)))==0
+    assert n(lambda: kd_loss(s, SparseTargets.from_logits(t, 4., k=4), 4.))==0
     T = torch.tensor(4., requires_grad=True, dtype=f64)
     kd_loss(s,t,T).backward(); assert not calls and T.grad.abs()>0
     assert n(lambda: kd_loss(s,t,torch.tensor(4.)))==1
@@ -196,7 +196,7 @@ def test_chosen_by_size(monkeypatch):
 def test_default_size():
     assert 2**17<=LeanKL.above<=2**20
     s,t = torch.randn(8,LeanKL.above//8),torch.randn(8,LeanKL.above//8)
-    (l0,g0),(l1,g1) = grads(lambda s,t: 16*plain(s,t,4.).mean(), s, t),grads(lambda s,t: kd_loss(s,t), s, t)
+    (l0,g0),(l1,g1) = grads(lambda s,t: 25*plain(s,t,5.).mean(), s, t),grads(lambda s,t: kd_loss(s,t), s, t)
     same(l1, l0, 1e-5); same(g1, g0, 1e-6); assert kd_loss(s.requires_grad_(),t).grad_fn is not None
 
 def test_second_derivatives(always):
@@ -298,3 +298,29 @@ def test_mlkd_keeps_nothing_that_grows_with_the_square_of_the_classes():
     items,classes = (pt@pt.T-ps@ps.T).pow(2).sum(1).mean(),(pt.T@pt-ps.T@ps).pow(2).sum()/2000
     want = 4*(pt*(pt.log()-ps.log())).sum(1).mean()+items+classes
     torch.testing.assert_close((res,*torch.autograd.grad(res, s)), (want,*torch.autograd.grad(want, s)))
+
+@pytest.mark.parametrize('mode', _kd_scale)
+@pytest.mark.parametrize('shape', [(6,5),(3,4,2,3)], ids=str)
+def test_mean_of_small_logits(mode, shape):
+    "It takes fewer calls than 'none', and is its mean; so are the gradients"
+    s,t = pair(*shape, seed=4)
+    s.requires_grad_()
+    a,b = kd_loss(s, t, 3., mode=mode),kd_loss(s, t, 3., mode=mode, reduction='none').mean()
+    same((a,*torch.autograd.grad(a, s)), (b,*torch.autograd.grad(b, s)), 1e-12)
+    same(kd_loss(s, t, 3.), 9*loop(s, t, 3.).mean(), 1e-12)
+
+def test_mean_with_masked_classes():
+    "A class at -inf on both sides adds nothing, and one that only the student rules out makes the loss infinite"
+    s,t = pair(4,5)
+    for z in (s,t): z[:,2] = -math.inf
+    keep = [0,1,3,4]
+    same(kd_loss(s, t, 2.), 4*loop(s[:,keep], t[:,keep], 2.).mean(), 1e-12)
+    s[0,1] = -math.inf
+    assert kd_loss(s, t, 2.)==math.inf
+
+@pytest.mark.parametrize('ignore,labels', [(-100,[0,-100,4]),(255,[255,1,3]),(255,[0,1,2]),(-1,[-5,0,-1]),(2,[0,1,2]),(-100,[-100]*3)], ids=str)
+def test_ignored_positions(ignore, labels):
+    "Whether the labels that do not count are below or above the others, some, none or all"
+    (s,t),y = pair(3,5),torch.tensor(labels)
+    want = [25*v for v,o in zip(loop(s, t, 5.).tolist(), labels) if o!=ignore]
+    same(kd_loss(s, t, ignore_index=ignore, targ=y).item(), sum(want)/max(len(want), 1), 1e-12)

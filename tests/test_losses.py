@@ -87,3 +87,10 @@ class TestLoss:
         "`learn.export` pickles the loss"
         l,(s,t,y) = get_loss(name),make()
         torch.testing.assert_close(call(pickle.loads(pickle.dumps(l)), s, t, y), call(l, s, t, y))
+
+def test_default_temperatures():
+    "5 as measured, where no paper says otherwise; what a paper or its code gives"
+    has = {nm:inspect.signature(type(get_loss(nm))).parameters['T'].default for nm in 'kd bkd rkl jsd dkd abkd mlkd skd_instance nkd wsld lskd ttm'.split()}
+    assert has==dict(kd=5, bkd=5, rkl=5, jsd=5, dkd=4, abkd=4, mlkd=4, skd_instance=4, nkd=1, wsld=2, lskd=2, ttm=10)
+    from fastkd.losses.all import sparse_kd_loss
+    assert inspect.signature(sparse_kd_loss).parameters['T'].default==5

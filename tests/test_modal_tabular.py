@@ -44,9 +44,9 @@ def say(m, xb):
     m.eval()
     with torch.no_grad(): return m(*xb)
 def close(a, b, **kw): torch.testing.assert_close(torch.as_tensor(a).float(), torch.as_tensor(b).float(), **{'rtol':1e-4, 'atol':1e-5, **kw})
-def kl(z, zt, T=4.): return T**2*(F.softmax(zt/T, 1)*(F.log_softmax(zt/T, 1)-F.log_softmax(z/T, 1))).sum(1).mean()
+def kl(z, zt, T=5.): return T**2*(F.softmax(zt/T, 1)*(F.log_softmax(zt/T, 1)-F.log_softmax(z/T, 1))).sum(1).mean()
 def ce(z, y): return F.cross_entropy(z, y.flatten().long())
-def bkl(z, zt, T=4.):
+def bkl(z, zt, T=5.):
     p,s = torch.sigmoid(zt/T),torch.sigmoid(z/T)
     return T**2*(p*(p/s).log()+(1-p)*((1-p)/(1-s)).log()).mean()
 

@@ -61,7 +61,7 @@ def say(m, x):
 def close(a, b, **kw): torch.testing.assert_close(torch.as_tensor(a).float(), torch.as_tensor(b).float(), **{'rtol':1e-4, 'atol':1e-5, **kw})
 def same_state(a, b): assert len(a)==len(b); [close(o, p) for s,t in zip(a, b) for o,p in zip(s, t)]
 def centred(z): return z-z.mean(1, keepdim=True)
-def kl(z, zt, T=4., axis=1): return T**2*(F.softmax(zt/T, axis)*(F.log_softmax(zt/T, axis)-F.log_softmax(z/T, axis))).sum(axis).mean()
+def kl(z, zt, T=5., axis=1): return T**2*(F.softmax(zt/T, axis)*(F.log_softmax(zt/T, axis)-F.log_softmax(z/T, axis))).sum(axis).mean()
 def ce(z, y): return F.cross_entropy(z.reshape(-1, z.shape[-1]), y.flatten())
 def reg(o, alpha=2., beta=1.):
     "Activation regularization (AR) and its temporal kind (TAR) of the student"

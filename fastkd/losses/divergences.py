@@ -18,7 +18,7 @@ from .lean import *
 # %% ../../nbs/10c_losses.divergences.ipynb #447f4f07
 def rkl_loss(
     inp:Tensor, teach:Tensor, # Student and teacher logits, `(n,c)` or `(n,c,...)`
-    T:float=4., # Temperature, greater than 0
+    T:float=5., # Temperature, greater than 0
     reduction:str='mean', axis:int=1, ignore_index:int|None=None, targ:Tensor|None=None # As in `kd_loss`
 )->Tensor: # Scalar, or `(n,)` for 'none'
     "KL divergence from student to teacher at `T`, times T² (MiniLLM, Gu et al. 2024, arXiv:2306.08543)"
@@ -32,7 +32,7 @@ class ReverseKLLoss(KDModule, func=rkl_loss, squared_T=True): "`rkl_loss` as a m
 def jsd_loss(
     inp:Tensor, teach:Tensor, # Student and teacher logits, `(n,c)` or `(n,c,...)`
     beta:float=.5, # Share of the teacher in the mixture, between 0 and 1
-    T:float=4., # Temperature, greater than 0
+    T:float=5., # Temperature, greater than 0
     reduction:str='mean', axis:int=1, ignore_index:int|None=None, targ:Tensor|None=None # As in `kd_loss`
 )->Tensor: # Scalar, or `(n,)` for 'none'
     "Generalised Jensen-Shannon divergence at `T`, times T² (GKD, Agarwal et al. 2024, arXiv:2306.13649)"

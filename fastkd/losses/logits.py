@@ -18,6 +18,7 @@ from ..core import *
 from .base import _above,_one_of,_spread
 from .sparse import *
 from .lean import *
+from .lean import _kl_sum
 from .classes import *
 from .correlations import *
 from .divergences import *
@@ -36,7 +37,7 @@ _kd_scale = dict(
 def kd_loss(
     inp:Tensor, # Student logits, `(n,c)` or dense `(n,c,...)`
     teach:Tensor|SparseTargets, # Teacher logits, shaped as `inp`, or sparse rows of them at `T`
-    T:float=4., # Temperature, greater than 0
+    T:float=5., # Temperature, greater than 0
     reduction:str='mean', # 'mean', 'sum' over items, or 'none' for `(n,)`
     axis:int=1, # Class axis
     ignore_index:int|None=None, # Label in `targ` of positions that do not count
@@ -49,7 +50,10 @@ def kd_loss(
         if mode!='paper': raise ValueError(f"`kd_loss`: sparse rows are scaled as in the paper, got mode={mode!r}; use mode='paper', or store all logits (kind='dense')")
         return sparse_kd_loss(inp, teach, T, reduction, axis, ignore_index, targ)
     s,t,_,mask = prep_logits('kd_loss', inp, teach, targ, axis, ignore_index, half=True)
-    return reduce_loss(soft_kl(s,t,T)*_kd_scale[mode](T, s.shape[1], s.shape[2:].numel()), reduction, mask)
+    c,pos = s.shape[1],s.shape[2:].numel()
+    scale = _kd_scale[mode](T, c, pos)
+    if reduction=='mean' and mask is None and (v:=_kl_sum(s, t, T)) is not None: return v*(scale/(len(s)*pos))
+    return reduce_loss(soft_kl(s,t,T)*scale, reduction, mask)
 
 @register_loss('kd')
 class KDLoss(KDModule, func=kd_loss, squared_T=True):
@@ -82,7 +86,7 @@ def _any_shape(name, inp, teach):
 
 def bkd_loss(
     inp:Tensor, teach:Tensor, # Student and teacher logits, `(n,)` or `(n,...)`, one per label
-    T:float=4., # Temperature, greater than 0
+    T:float=5., # Temperature, greater than 0
     reduction:str='mean' # As in `kd_loss`
 )->Tensor: # Scalar, or `(n,)` for 'none'
     "KL divergence of each label's yes or no at temperature `T`, times T², mean over labels (after Hinton et al. 2015, arXiv:1503.02531)"

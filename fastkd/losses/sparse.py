@@ -166,7 +166,7 @@ def _bucket(lq, teach):
 def sparse_kd_loss(
     inp:Tensor, # Student logits, `(n,c)` or dense `(n,c,...)`
     teach:SparseTargets, # The teacher's sparse rows
-    T:float=4., # Temperature, that of `teach`
+    T:float=5., # Temperature, that of `teach`
     reduction:str='mean', # 'mean', 'sum' over items, or 'none' for `(n,)`
     axis:int=1, # Class axis of `inp`
     ignore_index:int|None=None, # Label in `targ` of positions that do not count

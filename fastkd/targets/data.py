@@ -7,8 +7,7 @@ Docs: https://fastkd.github.io/fastkd/targets.data.html.md"""
 # %% auto #0
 __all__ = ['find_rows', 'reorder', 'TrackedDL', 'track', 'plain_dl']
 
-# %% ../../nbs/52_targets.data.ipynb #fac95e50
-from contextlib import nullcontext
+# %% ../../nbs/52_targets.data.ipynb #5017667b
 from fastai.basics import *
 from fastai.data.load import _FakeLoader
 from functools import lru_cache
@@ -106,12 +105,11 @@ class TrackedDL(ShowsAnswers):
         # not through `_user`: this runs for each item
         own = self.__dict__.get('_user_do_item') or super().do_item
         if s is None: return own(s),-1,0
-        k = int(t.keys[s])
         if t.seed is None: o = own(s)
         else:
-            with replay_item(item_seed(t.seed, t.view, k)): o = own(s)
+            with replay_item(item_seed(t.seed, t.view, int(t.keys[s]))): o = own(s)
         if o is None: return None
-        return o,s,x_checksum(k, o[0]) if isinstance(o, tuple) and len(o) and isinstance(o[0], Tensor) else 0
+        return o,s,x_checksum(int(t.keys[s]), o[0]) if isinstance(o, tuple) and len(o) and isinstance(o[0], Tensor) else 0
     def do_batch(self, b):
         items,idxs,xsum = zip(*b)
         return _Batch(self._user('do_batch')(list(items)), np.array(idxs), np.array(xsum), self._t.view)
@@ -129,14 +127,15 @@ class TrackedDL(ShowsAnswers):
         t,b = self._t,o.b
         if self.device is not None: b = to_device(b, self.device)
         if type(b) is list: b = tuple(b)
-        if (o.idxs<0).any(): return after(b)
-        keys = t.keys[o.idxs]
-        with replay_batch([item_seed(t.seed, o.view, int(k)) for k in keys]) if t.seed is not None else nullcontext(): b = after(b)
-        n = self.n_inp
+        if o.idxs.min()<0: return after(b)
+        if t.seed is None: b = after(b)
+        else:
+            with replay_batch([item_seed(t.seed, o.view, int(k)) for k in t.keys[o.idxs]]): b = after(b)
         # a checksum of the whole batch takes time here, one of single items took it where they were made
-        if not o.xsum.any() and (t.look or t.seen<4 or t.seen%16==0): o.xsum = x_checksums(keys, *(b[:n] if isinstance(b, tuple) else (b,)))
+        if (t.look or t.seen<4 or t.seen%16==0) and not o.xsum.any(): o.xsum = x_checksums(t.keys[o.idxs], *(b[:self.n_inp] if isinstance(b, tuple) else (b,)))
         t.seen += 1
         o.b,t.last,t.clean = None,o,None
+        if t.tag: n = self.n_inp
         if t.tag=='clean': t.clean = tuple(x.clone() if isinstance(x, Tensor) else x for x in b[:n])
         if t.tag and len(b)>n and isinstance(b[n], Tensor): b = (*b[:n], _marked(b[n]), *b[n+1:])
         return (*(b if isinstance(b, tuple) else (b,)), as_answer(self.answers())) if t.add else b

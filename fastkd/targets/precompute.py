@@ -17,6 +17,7 @@ from hashlib import blake2b
 from types import SimpleNamespace
 from .. import __version__
 from ..averages import _borrowed,_id
+from ..core import *
 from ..ranks import *
 from ..teacher import *
 from ..task import *
@@ -106,12 +107,12 @@ def check_views(
     views # Augmented versions of each training item, or None
 ):
     "Refuse what is no number of versions"
-    if views is not None and (isinstance(views, bool) or not isinstance(views, int) or views<1): raise ValueError(f"`views` must be a number of augmented versions, at least 1, or None, got {views!r}")
+    check_count('views', views, 'number of augmented versions', none=True)
 
 def _check_random(dl, views=None, tta=0, stale_ok=False):
     "What the answers are to: refused before a teacher is asked, or trained"
     check_views(views)
-    if isinstance(tta, bool) or not isinstance(tta, int) or tta<0: raise ValueError(f"`tta` must be a number of augmented versions, at least 0, got {tta!r}")
+    check_count('tta', tta, 'number of augmented versions', lo=0)
     if tta and views: raise ValueError("`tta` averages over augmented versions, `views` keeps them apart: choose one")
     rnd = check_random(dl, views, "let the teacher run live, or store answers for the items without these transforms (`stale_ok=True`)", stale_ok or tta>0)
     if tta and not rnd: raise ValueError("`tta` averages over random transforms, and these data have none")
@@ -249,7 +250,7 @@ def precompute_targets(
     store,moves = None,lambda: store and sum(np.count_nonzero(p.crc) for p in store.refresh().parts)
     with ranks_agree('precompute_targets', moves=moves) as others_ok:
         dls,source,teacher = _loaders(teacher, dls),teacher,as_teacher(teacher)
-        if bs is not None and (isinstance(bs, bool) or not isinstance(bs, int) or bs<1): raise ValueError(f"`bs` must be a number of items, at least 1, or None, got {bs!r}")
+        check_count('bs', bs, 'number of items', none=True)
         rnd = _check_random(dls.train, views, tta, stale_ok)
         task,axis = _task(task, axis, dls, source)
         with _lined_up(teacher, dls, task, axis, amp):
