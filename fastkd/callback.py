@@ -148,7 +148,7 @@ class KnowledgeDistillation(Preflight, Response, GradShare, _Columns, Callback):
         if self._idle: return
         if self._logs('cost'): self._clock.start('step', self._device)
         if self._stored: self._teacher.before_batch()
-        self.terms.arm()
+        if self.terms: self.terms.arm()
 
     def after_pred(self):
         # fastai takes no step without targets
@@ -177,7 +177,7 @@ class KnowledgeDistillation(Preflight, Response, GradShare, _Columns, Callback):
 
     def after_step(self):
         if self._idle: return
-        self.terms.step(self._learn)
+        if self.terms: self.terms.step(self._learn)
         if self._learns: self._teacher.step(self._learn)
     def after_cancel_step(self):
         self.terms.zero_grad()

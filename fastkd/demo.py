@@ -122,6 +122,8 @@ def demo(
     if n_seeds<1 or epochs<1: raise SystemExit(f'--n-seeds and --epochs must be at least 1, got {n_seeds} and {epochs}')
     out = Path(out)
     if not out.parent.is_dir(): raise SystemExit(f'no folder {str(out.parent)!r} for --out')
+    # a second thread has nothing to do in models this small, and on a busy machine each step waits for it
+    torch.set_num_threads(1)
     start = time.time()
     print(f'A teacher learns from 1198 digits, {3*n_seeds} students from 150 of them...', flush=True)
     teacher,dls,runs = demo_runs(n_seeds, epochs)

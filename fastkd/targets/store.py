@@ -164,7 +164,8 @@ class TargetStore:
         device=None # To answer on
     ): # Tensor `(n,...)`, `SparseTargets`, or a dict or tuple of these
         "The teacher's answers in rows"
-        return decode({k:_tensor(o).to(device) for k,o in self.fields(rows).items()}, self.spec)
+        o = self.fields(rows)
+        return decode(o if device is None or torch.device(device).type=='cpu' else {k:_tensor(v).to(device) for k,v in o.items()}, self.spec)
 
     def key_of(self,
         item, # As in the `DataLoaders`
