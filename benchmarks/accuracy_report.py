@@ -55,14 +55,14 @@ def markdown(ts):
     return '\n\n'.join('\n'.join([f'### {k}', '', *lines(t.reset_index())]) for k,t in ts.items())+'\n'
 
 def picture(out=csv, ncols=3):
-    "Gains on the student alone with their 95% intervals: the default, other methods of fastkd, peers"
+    "Gains on the student alone with their 95% intervals, of three seeds or more: the default, other methods of fastkd, peers"
     df = rows(out)
     df = df[(df.setting!='teacher')&df.accuracy.notna()&~df.setting.str.contains('=')]
     n = df.data.nunique()
     fig,axs = plt.subplots(-(-n//ncols), ncols, figsize=(3.4*ncols,3.2*-(-n//ncols)), layout='constrained', squeeze=False)
     for ax in axs.flat[n:]: ax.axis('off')
     for ax,(data,d) in zip(axs.flat, df.groupby('data', sort=False)):
-        g = {nm:s for nm in d.setting.unique() if (s:=gain(d, nm, 'student alone')) and s['n']>1}
+        g = {nm:s for nm in d.setting.unique() if (s:=gain(d, nm, 'student alone')) and s['n']>2}
         g = {k:g[k] for k in sorted(g, key=lambda k: (k!='fastkd', not k.startswith('fastkd'), k))}
         for i,(nm,s) in enumerate(g.items()):
             ax.errorbar(s['diff'], -i, xerr=s['hi']-s['diff'], fmt='o', color='C0' if nm=='fastkd' else 'C7' if nm.startswith('fastkd') else 'C1')
